@@ -1,0 +1,173 @@
+"""Normalisation layers: y = w xhat + b, where xhat of an example depends on that example only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from gradstats.contribution import Contribution, Dense
+from gradstats.rules.registry import Rule, example_sum, refuse, refuse_coupling, rule
+
+aten = torch.ops.aten
+
+
+def affine(d: Tensor, xhat: Tensor, keep: int, wanted: frozenset[str]) -> dict[str, Contribution]:
+    """c_b = sum_t d_bt xhat_bt for the weight and sum_t d_bt for the bias, `keep` trailing dimensions kept."""
+    contributions: dict[str, Contribution] = {}
+    if "weight" in wanted:
+        contributions["weight"] = Dense(example_sum(d * xhat, keep))
+    if "bias" in wanted:
+        contributions["bias"] = Dense(example_sum(d, keep))
+    return contributions
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """(n, channels, positions...) as (n, positions..., channels)."""
+    return x.movedim(1, -1)
+
+
+@rule(nn.LayerNorm)
+class LayerNorm(Rule):
+    """Normalises the trailing `normalized_shape` dimensions."""
+
+    autocast = "float32"
+
+    @staticmethod
+    def unbatched(module, x):
+        return x.dim() <= len(module.normalized_shape)
+
+    @staticmethod
+    def options(module):
+        return tuple(module.normalized_shape), module.eps
+
+    @staticmethod
+    def forward(options, x, parameters):
+        shape, eps = options
+        y, mean, rstd = torch.native_layer_norm(x, shape, parameters["weight"], parameters["bias"], eps)
+        return y, (x, parameters["weight"], mean, rstd)
+
+    @staticmethod
+    def backward(options, saved, d, wanted):
+        shape, _ = options
+        x, weight, mean, rstd = saved
+        grad_input = None
+        if "input" in wanted:
+            grad_input = aten.native_layer_norm_backward(d, x, shape, mean, rstd, weight, None, [True, False, False])[0]
+        return grad_input, affine(d, (x - mean) * rstd, len(shape), wanted)
+
+
+@rule(nn.RMSNorm)
+class RMSNorm(Rule):
+    """xhat = x / sqrt(mean(x^2) + eps) over the trailing `normalized_shape` dimensions."""
+
+    autocast = "float32"
+
+    @staticmethod
+    def unbatched(module, x):
+        return x.dim() <= len(module.normalized_shape)
+
+    @staticmethod
+    def options(module):
+        return tuple(module.normalized_shape), module.eps
+
+    @staticmethod
+    def forward(options, x, parameters):
+        shape, eps = options
+        return F.rms_norm(x, shape, parameters["weight"], eps), (x, parameters["weight"])
+
+    @staticmethod
+    def backward(options, saved, d, wanted):
+        shape, eps = options
+        x, weight = saved
+        over = tuple(range(-len(shape), 0))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rms = (wide.square().mean(over, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
+        xhat = wide * rms
+        grad_input = None
+        if "input" in wanted:
+            dhat = d * weight
+            grad_input = (rms * (dhat - xhat * (dhat * xhat).mean(over, keepdim=True))).to(x.dtype)
+        return grad_input, affine(d, xhat, len(shape), wanted)
+
+
+@rule(nn.GroupNorm)
+class GroupNorm(Rule):
+    """Normalises groups of channels over all positions of an example."""
+
+    autocast = "float32"
+
+    @staticmethod
+    def options(module):
+        return module.num_groups, module.eps
+
+    @staticmethod
+    def forward(options, x, parameters):
+        groups, eps = options
+        n, c, positions = x.shape[0], x.shape[1], x[0, 0].numel()
+        weight = parameters["weight"]
+        x = x.contiguous()
+        y, mean, rstd = torch.native_group_norm(x, weight, parameters["bias"], n, c, positions, groups, eps)
+        return y, (x, weight, mean, rstd)
+
+    @staticmethod
+    def backward(options, saved, d, wanted):
+        groups, _ = options
+        x, weight, mean, rstd = saved
+        n, c, positions = x.shape[0], x.shape[1], x[0, 0].numel()
+        grad_input = None
+        if "input" in wanted:
+            grad_input = aten.native_group_norm_backward(
+                d.contiguous(), x, mean, rstd, weight, n, c, positions, groups, [True, False, False]
+            )[0]
+        xhat = (x.reshape(n, groups, -1) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+        return grad_input, affine(channels_last(d), channels_last(xhat.reshape(x.shape)), 1, wanted)
+
+
+@rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+class InstanceNorm(GroupNorm):
+    """GroupNorm with one channel a group, as long as it keeps no running statistics."""
+
+    @staticmethod
+    def check(module: _InstanceNorm):
+        if module.track_running_stats:
+            raise refuse(module, "running statistics mix examples over time", "Build it with track_running_stats=False")
+
+    @staticmethod
+    def unbatched(module: _InstanceNorm, x):
+        return x.dim() == module._get_no_batch_dim()
+
+    @staticmethod
+    def options(module):
+        return module.num_features, module.eps
+
+
+@rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+class BatchNorm(Rule):
+    """In evaluation mode: xhat = (x - running mean) / sqrt(running variance + eps), the same affine map for every example."""
+
+    autocast = "float32"
+
+    @staticmethod
+    def check(module):
+        refuse_coupling(module)
+
+    @staticmethod
+    def options(module):
+        return module.running_mean, module.running_var, module.eps
+
+    @staticmethod
+    def forward(options, x, parameters):
+        mean, variance, eps = options
+        weight = parameters["weight"]
+        y = F.batch_norm(x, mean, variance, weight, parameters["bias"], training=False, eps=eps)
+        return y, (x, weight, mean, (variance + eps).rsqrt())
+
+    @staticmethod
+    def backward(options, saved, d, wanted):
+        x, weight, mean, rstd = saved
+        xhat = (channels_last(x) - mean) * rstd
+        d = channels_last(d)
+        grad_input = (d * (weight * rstd)).movedim(-1, 1) if "input" in wanted else None
+        return grad_input, affine(d, xhat, 1, wanted)

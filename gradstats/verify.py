@@ -1,0 +1,146 @@
+"""Is it exact on my model? Every statistic against an oracle that knows nothing of rules, leaves or vmap."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradstats.compute import LossFunction, call, compute
+from gradstats.errors import GradstatsError, VerificationError
+from gradstats.leaf import LEAF
+
+# Of the metric below, by the dtype in which the statistics are computed; the oracle is always in float64.
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+
+
+@dataclass(frozen=True)
+class Row:
+    parameter: str
+    shape: tuple[int, ...]
+    statistic: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Per-parameter errors, worst first. Printing it prints the table."""
+
+    rows: tuple[Row, ...]
+    tolerance: float
+
+    @property
+    def worst(self) -> Row:
+        return self.rows[0]
+
+    def __str__(self) -> str:
+        width = max(len("parameter"), *(len(r.parameter) for r in self.rows))
+        lines = [f"{'parameter':{width}}  {'shape':>18}  {'statistic':>14}  error"]
+        lines += [f"{r.parameter:{width}}  {r.shape!s:>18}  {r.statistic:>14}  {r.error:.1e}" for r in self.rows]
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    x: Any,
+    y: Any,
+    statistics: Sequence[str] = ("second_moment", "variance", "norms"),
+    engine: str = "fused",
+    loss_reduction: str = "mean",
+    dtype: torch.dtype = torch.float64,
+    tolerance: float | None = None,
+) -> Verification:
+    """Compares statistics with the oracle: one backward pass per example, with that example's share of the batch loss's cotangent.
+
+    The error of a statistic of one parameter is ||a - b|| / max(||b||, 1e-6 ||b over all parameters||), b the oracle's; that of a
+    variance is relative to the second moment, from which it is the difference.
+
+    Arguments:
+        x, y, loss_fn: as for `compute`; a few examples are enough, two at least.
+        dtype: in which the statistics under test are computed, on a copy of the model; the oracle's is float64. With dropout,
+            which draws other masks in another dtype, leave it at float64.
+        tolerance: of the error; None takes 1e-8 for float64, 1e-4 for float32.
+
+    Returns: the table of errors. Raises: VerificationError naming the worst parameter if any error is above the tolerance.
+    """
+    if any(LEAF in module.__dict__ for module in model.modules()):
+        raise GradstatsError("verify attaches a copy of its own: detach() the model first, or verify before attach")
+    limit = TOLERANCES[dtype] if tolerance is None else tolerance
+    state = torch.random.get_rng_state()
+    oracle = per_example_oracle(
+        cast(copy.deepcopy(model), torch.float64), loss_fn, cast(x, torch.float64), cast(y, torch.float64)
+    )
+    torch.random.set_rng_state(state)
+    tested = cast(copy.deepcopy(model), dtype)
+    found = compute(tested, loss_fn, cast(x, dtype), cast(y, dtype), statistics, engine, loss_reduction)
+    expected = oracle_statistics(oracle, loss_reduction)
+    rows = []
+    for statistic in statistics:
+        scale_by = expected["second_moment" if statistic == "variance" else statistic]
+        floor = 1e-6 * norm_of(scale_by.values())
+        for name, value in found.statistics[statistic].items():
+            error = norm_of([value.double() - expected[statistic][name]]) / max(
+                norm_of([scale_by[name]]), floor, 1e-300
+            )
+            rows.append(Row(name, tuple(tested.get_parameter(name).shape), statistic, float(error)))
+    result = Verification(
+        tuple(sorted(rows, key=lambda row: -row.error if row.error == row.error else -torch.inf)), limit
+    )
+    if not result.worst.error <= limit:
+        w = result.worst
+        raise VerificationError(
+            f"{w.statistic} of parameter '{w.parameter}' {w.shape} differs from the oracle by {w.error:.2e}, above {limit:.0e}.\n{result}"
+        )
+    return result
+
+
+def per_example_oracle(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) -> dict[str, Tensor]:
+    """c_b of every trainable parameter, (B, *shape): a full forward, the batch loss's cotangent, then one backward per example
+    with all other rows of the cotangent zeroed. Leaves the gradients of `model` None."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    with torch.enable_grad():
+        output = call(model, x)
+        outputs = [o for o in tree_leaves(output) if isinstance(o, Tensor) and o.requires_grad]
+        cut = {id(o): o.detach().requires_grad_() for o in outputs}
+        loss = loss_fn(tree_map(lambda o: cut.get(id(o), o) if isinstance(o, Tensor) else o, output), y)
+    cotangents = torch.autograd.grad(loss, list(cut.values()), allow_unused=True, materialize_grads=True)
+    n = outputs[0].shape[0]
+    contributions: dict[str, list[Tensor]] = {name: [] for name in named}
+    for b in range(n):
+        share = [
+            torch.zeros_like(c).index_copy_(0, torch.tensor([b], device=c.device), c[b : b + 1]) for c in cotangents
+        ]
+        torch.autograd.backward(outputs, share, retain_graph=b < n - 1)
+        for name, p in named.items():
+            contributions[name].append(torch.zeros_like(p) if p.grad is None else p.grad)
+            p.grad = None
+    return {name: torch.stack(c) for name, c in contributions.items()}
+
+
+def oracle_statistics(contributions: dict[str, Tensor], loss_reduction: str) -> dict[str, dict[str, Tensor]]:
+    """The definitions, applied to all contributions at once: variance from deviations."""
+    found: dict[str, dict[str, Tensor]] = {"second_moment": {}, "variance": {}, "norms": {}}
+    for name, c in contributions.items():
+        g = c * len(c) if loss_reduction == "mean" else c
+        found["second_moment"][name] = g.square().mean(0)
+        found["variance"][name] = (g - g.mean(0)).square().sum(0) / max(len(g) - 1, 1)
+        found["norms"][name] = g.flatten(1).norm(dim=1)
+    return found
+
+
+def cast(what: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors, or a module, in another dtype."""
+    if isinstance(what, nn.Module):
+        return what.to(dtype)
+    return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, what)
+
+
+def norm_of(tensors) -> float:
+    return float(torch.stack([t.double().norm() for t in tensors]).norm())

@@ -1,0 +1,64 @@
+"""Every layer of the table against the oracle."""
+
+import copy
+
+import pytest
+import torch
+from gradstats import per_example_gradients
+
+import gradstats
+from tests import oracle
+from tests.layers import LAYERS, B
+
+ALL = ("second_moment", "variance", "norms")
+
+
+def run(row, dtype, engine):
+    model = row.make().to(dtype)
+    x = row.x()
+    x = x.to(dtype) if x.is_floating_point() else x
+    weights = torch.rand(B, dtype=dtype) + 0.5
+    expected = oracle.contributions(model, oracle.coupled_loss, x, weights)
+    plain = copy.deepcopy(model)
+    plain_x, attached_x = (x.clone().requires_grad_(x.is_floating_point()) for _ in range(2))
+    oracle.coupled_loss(plain(plain_x), weights).backward()
+    handle = gradstats.attach(model, *ALL, engine=engine)
+    oracle.coupled_loss(model(attached_x), weights).backward()
+    return model, plain, plain_x, attached_x, handle, expected
+
+
+# torch.func does not run through activation checkpointing; that it is refused is tested in test_fallback.
+VMAPPED = [name for name in LAYERS if "checkpointed" not in name]
+
+
+@pytest.mark.parametrize(("name", "engine"), [(n, "fused") for n in LAYERS] + [(n, "vmap") for n in VMAPPED])
+def test_statistics_match_the_oracle_in_float64(name, engine):
+    model, plain, plain_x, attached_x, handle, expected = run(LAYERS[name], torch.float64, engine)
+    assert oracle.worst(oracle.errors(handle, expected)) <= 1e-10
+    assert handle.batch_size == B
+    for p, reference in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (reference.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, reference.grad, rtol=1e-10, atol=1e-12)
+    if plain_x.requires_grad:
+        torch.testing.assert_close(attached_x.grad, plain_x.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_statistics_match_the_oracle_in_float32(name):
+    _, _, _, _, handle, expected = run(LAYERS[name], torch.float32, "fused")
+    assert oracle.worst(oracle.errors(handle, expected)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", VMAPPED)
+def test_per_example_gradients_match_the_oracle(name):
+    row = LAYERS[name]
+    model = row.make().double()
+    x = oracle.to_double(row.x())
+    weights = torch.rand(B, dtype=torch.float64)
+    expected = oracle.contributions(model, oracle.coupled_loss, x, weights)
+    for chunk_size in (None, 2):
+        found = per_example_gradients(model, oracle.coupled_loss, x, weights, chunk_size=chunk_size)
+        whole = oracle.whole({k: v * B for k, v in expected.items()})
+        assert found.keys() == expected.keys()
+        assert max(oracle.error(found[k], expected[k] * B, whole) for k in expected) <= 1e-10

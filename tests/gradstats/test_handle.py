@@ -1,0 +1,417 @@
+"""Lifetime: what counts as a new window, what adds up, and what is refused."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradstats
+from gradstats import CoverageError, GradstatsError, LifetimeError, MissingStatistic, attach
+from tests import oracle
+
+B = 6
+
+
+def loss_of(output, y):
+    return F.cross_entropy(output, y)
+
+
+@pytest.fixture
+def setting():
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x, y = torch.randn(B, 5).double(), torch.randint(0, 3, (B,))
+    expected = oracle.contributions(model, loss_of, x, y)
+    return model, x, y, expected, attach(model, "second_moment", "variance", "norms")
+
+
+def exact(handle, expected):
+    return oracle.worst(oracle.errors(handle, expected)) <= 1e-10
+
+
+def step(model, x, y):
+    loss_of(model(x), y).backward()
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        lambda m: m.zero_grad(),
+        lambda m: m.zero_grad(set_to_none=False),
+        lambda m: torch.optim.SGD(m.parameters()).zero_grad(),
+    ],
+)
+def test_zeroed_gradients_start_afresh(setting, zero):
+    model, x, y, expected, handle = setting
+    for _ in range(3):
+        step(model, -x, y)
+        zero(model)
+        step(model, x, y)
+        assert handle.batch_size == B and exact(handle, expected)
+        zero(model)
+
+
+def test_zeroing_between_forward_and_backward(setting):
+    model, x, y, expected, handle = setting
+    step(model, -x, y)
+    loss = loss_of(model(x), y)
+    model.zero_grad()
+    loss.backward()
+    assert handle.batch_size == B and exact(handle, expected)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (1, 5), (2, 3, 1)])
+def test_accumulation_adds_up(setting, sizes):
+    model, x, y, expected, handle = setting
+    start = 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        (loss_of(model(x[rows]), y[rows]) * size / B).backward()
+        start += size
+    assert handle.batch_size == B and exact(handle, expected)
+
+
+def test_statistics_are_read_until_the_next_backward(setting):
+    model, x, y, expected, handle = setting
+    step(model, x, y)
+    model.zero_grad()
+    model(x)
+    c = expected["0.weight"]
+    torch.testing.assert_close(handle.second_moment["0.weight"], oracle.second_moment(c))
+    torch.testing.assert_close(handle.norms["0.weight"], oracle.norms(c))
+    with pytest.raises(GradstatsError, match="before zero_grad"):
+        handle.variance["0.weight"]
+
+
+def test_total_norm_and_keys(setting):
+    model, x, y, expected, handle = setting
+    step(model, x, y)
+    flat = torch.cat([c.flatten(1) for c in expected.values()], 1)
+    torch.testing.assert_close(handle.norms.total, oracle.norms(flat))
+    assert list(handle.second_moment) == [name for name, _ in model.named_parameters()]
+    torch.testing.assert_close(handle.second_moment[model[0].bias], handle.second_moment["0.bias"])
+    with pytest.raises(MissingStatistic, match="no parameter 'nothing'"):
+        handle.second_moment["nothing"]
+    with pytest.raises(MissingStatistic, match="does not belong"):
+        handle.second_moment[nn.Parameter(torch.zeros(2))]
+
+
+def test_sum_loss():
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(B, 4).double(), torch.randint(0, 3, (B,))
+    c = oracle.contributions(model, lambda o, y: F.cross_entropy(o, y, reduction="sum"), x, y)["weight"]
+    handle = attach(model, "second_moment", "variance", "norms", loss_reduction="sum")
+    F.cross_entropy(model(x), y, reduction="sum").backward()
+    torch.testing.assert_close(handle.second_moment["weight"], c.square().mean(0))
+    torch.testing.assert_close(handle.variance["weight"], c.var(0))
+    torch.testing.assert_close(handle.norms["weight"], c.flatten(1).norm(dim=1))
+
+
+def test_duplicating_every_example_leaves_the_second_moment(setting):
+    model, x, y, _, handle = setting
+    step(model, x, y)
+    once = {name: q.clone() for name, q in handle.second_moment.items()}
+    model.zero_grad()
+    step(model, x.repeat(3, 1), y.repeat(3))
+    for name, q in handle.second_moment.items():
+        torch.testing.assert_close(q, once[name])
+
+
+@pytest.mark.parametrize(
+    "mode", ["unused output", "no_grad", "inference_mode", "evaluation with gradients", "autograd.grad"]
+)
+def test_what_is_not_backpropagated_leaves_no_trace(setting, mode):
+    model, x, y, expected, handle = setting
+    loss = loss_of(model(x), y)
+    other = torch.randn(9, 5).double()
+    if mode == "unused output":
+        model(other)
+    elif mode == "no_grad":
+        with torch.no_grad():
+            model(other)
+    elif mode == "inference_mode":
+        with torch.inference_mode():
+            model(other)
+    elif mode == "evaluation with gradients":
+        model.eval()
+        model(other)
+        model.train()
+    else:
+        torch.autograd.grad(model(other).sum(), list(model.parameters()))
+    loss.backward()
+    assert handle.batch_size == B and exact(handle, expected)
+
+
+def test_exception_between_forward_and_backward(setting):
+    model, x, y, expected, handle = setting
+
+    class Breaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, d):
+            raise ValueError("planted")
+
+    h = model[1](model[0](x))
+    with pytest.raises(ValueError, match="planted"):
+        loss_of(model[2](Breaks.apply(h)), y).backward()
+    model.zero_grad()
+    step(model, x, y)
+    assert handle.batch_size == B and exact(handle, expected)
+
+
+def refused_siamese(model, x, y):
+    (loss_of(model(x), y) + loss_of(model(-x), y)).backward()
+
+
+def refused_two_in_flight(model, x, y):
+    first, second = loss_of(model(x), y), loss_of(model(-x), y)
+    first.backward()
+    second.backward()
+
+
+def refused_second_backward(model, x, y):
+    loss = loss_of(model(x), y)
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def refused_penalty(model, x, y):
+    (loss_of(model(x), y) + 0.1 * model[0].weight.square().sum()).backward()
+
+
+def refused_functional_use(model, x, y):
+    loss_of(F.linear(model(x), model[2].weight.T @ model[2].weight.new_ones(3, 3))[:, :3], y).backward()
+
+
+def refused_flattened_batch(model, x, y):
+    model[2](model[0](x.reshape(1, B, 5).repeat(2, 1, 1)).tanh().flatten(0, 1)).sum().backward()
+
+
+REFUSED = [refused_siamese, refused_two_in_flight, refused_second_backward, refused_penalty, refused_functional_use]
+
+
+@pytest.mark.parametrize("use", [*REFUSED, refused_flattened_batch])
+def test_refused_and_usable_afterwards(setting, use):
+    model, x, y, expected, handle = setting
+    with pytest.raises(GradstatsError, match=r"attach\(model, engine='vmap'\)"):
+        use(model, x, y)
+    model.zero_grad()
+    step(model, x, y)
+    assert handle.batch_size == B and exact(handle, expected)
+
+
+def test_two_forwards_declared_new_examples(setting):
+    model, x, y, expected, handle = setting
+    first = loss_of(model(x[:2]), y[:2]) * 2 / B
+    handle.new_examples()
+    second = loss_of(model(x[2:]), y[2:]) * 4 / B
+    (first + second).backward()
+    assert handle.batch_size == B and exact(handle, expected)
+
+
+def test_flattened_positions_are_refused_at_the_layer():
+    class Flattens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    model = Flattens()
+    attach(model)
+    with pytest.raises(CoverageError, match=r"'layer' \(Linear\) got an input of shape \(6, 4\)"):
+        model(torch.randn(2, 3, 4))
+
+
+def test_gradient_changed_after_the_backward_is_refused_where_it_matters(setting):
+    model, x, y, _, handle = setting
+    step(model, x, y)
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    handle.second_moment["0.weight"]
+    with pytest.raises(LifetimeError, match=r"'0.weight' was changed in place"):
+        handle.variance["0.weight"]
+
+
+def test_statistics_not_asked_for_are_missing():
+    model = nn.Linear(4, 3)
+    handle = attach(model)
+    with pytest.raises(MissingStatistic, match="no backward pass"):
+        handle.second_moment["weight"]
+    model(torch.randn(2, 4)).sum().backward()
+    with pytest.raises(MissingStatistic, match="attach\\(model, 'norms'"):
+        handle.norms["weight"]
+
+
+def test_variance_of_one_example_does_not_exist():
+    model = nn.Linear(4, 3)
+    handle = attach(model, "variance")
+    model(torch.randn(1, 4)).sum().backward()
+    with pytest.raises(GradstatsError, match="at least two"):
+        handle.variance["weight"]
+
+
+def test_layer_skipped_by_a_micro_batch():
+    """A part of the batch does not reach a layer: its contributions there are zero, and B still counts it."""
+
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, both):
+            return self.b(self.a(x)) if both else self.a(x)
+
+    for first in (True, False):
+        model = Skips().double()
+        handle = attach(model, "second_moment", "norms")
+        x = torch.randn(5, 4).double()
+        for rows, both in ((slice(0, 2), first), (slice(2, 5), not first)):
+            model(x[rows], both).square().sum().backward()
+        rows = slice(0, 2) if first else slice(2, 5)
+        used = handle.norms["b.weight"] > 0
+        assert handle.batch_size == 5 and used.tolist() == [r in range(5)[rows] for r in range(5)]
+        total = handle.norms["b.weight"].square().mean()
+        torch.testing.assert_close(handle.second_moment["b.weight"].sum(), total)
+
+
+def test_detach_leaves_the_model_as_it_was():
+    model = nn.Sequential(
+        nn.Linear(4, 3), nn.BatchNorm1d(3).eval(), nn.TransformerEncoderLayer(3, 1, 4, batch_first=True)
+    )
+    before = {name: (type(m), set(m.__dict__), repr(m)) for name, m in model.named_modules()}
+    keys = list(model.state_dict())
+    with attach(model) as handle:
+        assert list(model.state_dict()) == keys
+        assert repr(model) == before[""][2]
+        model(torch.randn(2, 4)).sum().backward()
+        assert handle.batch_size == 2
+    assert {name: (type(m), set(m.__dict__), repr(m)) for name, m in model.named_modules()} == before
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not any(p._backward_hooks for p in model.parameters())
+    attach(model).detach()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_have_weights_and_statistics_of_their_own(setting, duplicate):
+    model, x, y, _, handle = setting
+    step(model, x, y)
+    other = duplicate(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.5)
+    bare = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    bare.load_state_dict(other.state_dict())
+    expected = oracle.contributions(bare, loss_of, x[:4], y[:4])
+    other.zero_grad()
+    step(other, x[:4], y[:4])
+    assert gradstats.attached(other) is not handle
+    assert gradstats.attached(other).batch_size == 4 and exact(gradstats.attached(other), expected)
+    assert handle.batch_size == B
+
+
+def test_handles_do_not_outlive_the_model():
+    model = nn.Linear(4, 3)
+    reference = weakref.ref(attach(model))
+    model(torch.randn(2, 4)).sum().backward()
+    assert reference() is not None
+    del model
+    gc.collect()
+    assert reference() is None
+
+
+def test_unfreezing_after_attach():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    model[0].requires_grad_(False)
+    handle = attach(model, "second_moment", "variance", "norms")
+    model(torch.randn(2, 4).double()).sum().backward()
+    assert list(handle.second_moment) == ["1.weight", "1.bias"]
+    model.zero_grad()
+    model[0].requires_grad_(True)
+    x, y = torch.randn(3, 4).double(), torch.randint(0, 3, (3,))
+    bare = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    bare.load_state_dict(model.state_dict())
+    expected = oracle.contributions(bare, loss_of, x, y)
+    step(model, x, y)
+    assert exact(handle, expected)
+
+
+def test_set_up_errors():
+    with pytest.raises(GradstatsError, match="unknown statistic 'secnd_moment'"):
+        attach(nn.Linear(2, 2), "secnd_moment")
+    with pytest.raises(GradstatsError, match="unknown engine"):
+        attach(nn.Linear(2, 2), engine="magic")
+    with pytest.raises(GradstatsError, match="loss_reduction"):
+        attach(nn.Linear(2, 2), loss_reduction="none")
+    with pytest.raises(CoverageError, match="no trainable parameters"):
+        attach(nn.ReLU())
+    with pytest.raises(MissingStatistic, match="not attached"):
+        gradstats.attached(nn.Linear(2, 2))
+    model = nn.Sequential(nn.Linear(2, 2))
+    attach(model)
+    with pytest.raises(GradstatsError, match="attached already"):
+        attach(model)
+    patched = nn.Linear(2, 2)
+    patched.forward = lambda x: x
+    with pytest.raises(CoverageError, match="forward set on the instance"):
+        attach(patched)
+    assert type(patched) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)), "nn.GroupNorm"),
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, affine=False)), "nn.GroupNorm"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)).eval(), "nn.GroupNorm"),
+        (lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True), "track_running_stats=False"),
+        (lambda: nn.Embedding(4, 2, sparse=True), "sparse=False"),
+        (lambda: nn.Embedding(4, 2, max_norm=1.0), "max_norm"),
+    ],
+)
+def test_layers_without_exact_statistics_are_refused(model, match):
+    model = model()
+    with pytest.raises(CoverageError, match=match):
+        attach(model)
+    assert not any("_gradstats_leaf" in m.__dict__ for m in model.modules())
+
+
+def test_batch_norm_switched_to_training_after_attach_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    attach(model)
+    model(torch.randn(3, 2))
+    model.train()
+    with pytest.raises(CoverageError, match="nn.GroupNorm"):
+        model(torch.randn(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(4, 3), torch.randn(4)),
+        (nn.Conv2d(2, 3, 1), torch.randn(2, 4, 4)),
+        (nn.LayerNorm(4), torch.randn(4)),
+        (nn.InstanceNorm1d(3, affine=True), torch.randn(3, 4)),
+    ],
+)
+def test_unbatched_inputs_are_refused(layer, x):
+    attach(layer)
+    with pytest.raises(CoverageError, match="unsqueeze"):
+        layer(x)
+
+
+def test_coverage_table():
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2, batch_first=True), nn.LayerNorm(4))
+    model[2].bias.requires_grad_(False)
+    lines = attach(model).coverage().splitlines()
+    assert lines[0].split() == ["parameter", "shape", "served", "by"]
+    assert any("0.weight" in line and "rule Linear" in line for line in lines)
+    assert any("1.out_proj.bias" in line and "vmap over MultiheadAttention" in line for line in lines)
+    assert any("2.bias" in line and "frozen" in line for line in lines)
+    assert len(lines) == 1 + len(list(model.parameters()))
