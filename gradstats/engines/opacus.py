@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradstats.contribution import Dense
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
@@ -17,6 +17,13 @@ from gradstats.handle import Handle
 from gradstats.leaf import Leaf
 from gradstats.rules.registry import refuse_coupling
 from gradstats.statistics import Window
+
+
+def refuse_evaluation(model: nn.Module, args: tuple) -> None:
+    if torch.is_grad_enabled() and not model.training:
+        raise CoverageError(
+            "Opacus captures in training mode only: call model.train(), torch.no_grad(), or use engine='fused'"
+        )
 
 
 class OpacusHandle(Handle):
@@ -38,6 +45,7 @@ class OpacusHandle(Handle):
             self._hooks = GradSampleHooks(self.model, loss_reduction="sum")
         except NotImplementedError as error:
             raise CoverageError(f"Opacus does not cover this model: {error}") from error
+        self._root_hooks = [self.model.register_forward_pre_hook(refuse_evaluation)]
         for name, p in parameters.items():
             if p.requires_grad:
                 leaf.hooks[name] = (p, p.register_hook(lambda g, name=name: self._count(name)))
@@ -52,9 +60,7 @@ class OpacusHandle(Handle):
         p = self.leaves[name][0].parameter(name)
         samples = getattr(p, "grad_sample", None)
         if samples is None:
-            raise MissingStatistic(
-                f"parameter '{name}' has no statistics: call model.train() and loss.backward() first"
-            )
+            raise MissingStatistic(f"parameter '{name}' has no statistics: call loss.backward() first")
         # Entries older than the gradient are of windows that zero_grad() has ended; Opacus never clears them.
         parts = (samples if isinstance(samples, list) else [samples])[-self._passes[name] :]
         p.grad_sample = parts  # type: ignore[attr-defined]
