@@ -1,7 +1,7 @@
 """Distribution of the per-example gradients behind every batch gradient, exactly, in the same backward pass.
 
-Three ideas: an example's *contribution* c_b = dL/dtheta_b, where sum_b c_b = p.grad; the *shadow leaf*, whose gradient is a
-statistic of the contributions; the *horizon in examples*, in which optimizers count time.
+Three ideas: an example's *contribution* c_b = dL/dtheta_b, where sum_b c_b = p.grad; the *shadow leaf*, whose gradient
+is a statistic of the contributions; the *horizon in examples*, in which optimizers count time.
 """
 
 from gradstats.attach import attach, attached

@@ -22,15 +22,18 @@ def attach(model: nn.Module, *statistics: str, engine: str = "fused", loss_reduc
     Arguments:
         model: examples run along the first dimension of its inputs, and of those of its layers.
         statistics: names from the menu above; none means "second_moment".
-        engine: "fused" (layer rules, vmap for modules without one), "vmap" (the whole model under torch.func.vmap: exact for
-            shared parameters too, B copies of the gradient in memory), "opacus" (its GradSampleModule, as a cross-check).
+        engine: "fused" (layer rules, vmap for modules without one), "vmap" (the whole model under torch.func.vmap:
+            exact for shared parameters too, B copies of the gradient in memory), "opacus" (its GradSampleModule, as a
+            cross-check).
         loss_reduction: "mean" or "sum", how the loss that is backpropagated runs over the examples.
 
-    The model keeps its class names, parameters and state_dict. Only calls with gradients enabled are affected. The handle is also
-    a context manager that detaches. Examples are rows of the batch: positions are summed before squaring.
+    The model keeps its class names, parameters and state_dict. Only calls with gradients enabled are affected. The
+    handle is also a context manager that detaches. Examples are rows of the batch: positions are summed before
+    squaring.
 
-    Raises: CoverageError for a model without exact per-example gradients (BatchNorm in training), or with parameters that the
-        engine cannot serve (shared ones, recurrent layers); GradstatsError for unknown names and a model attached already.
+    Raises: CoverageError for a model without exact per-example gradients (BatchNorm in training), or with parameters
+        that the engine cannot serve (shared ones, recurrent layers); GradstatsError for unknown names and a model
+        attached already.
     """
     if engine not in ENGINES:
         raise GradstatsError(f"unknown engine {engine!r}; choose one of {sorted(ENGINES)}")

@@ -16,7 +16,8 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Result:
-    """Of one batch: the loss, its gradients by name, and the statistics asked for, by name of statistic and parameter."""
+    """Of one batch: the loss, its gradients by name, and the statistics asked for, by name of statistic and
+    parameter."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
@@ -53,8 +54,8 @@ def compute(
 ) -> Result:
     """Statistics of the per-example gradients of loss_fn(model(x), y), as `attach` defines them.
 
-    x is a tensor, a tuple of positional arguments or a dict of keyword arguments. Gradients that the parameters hold already are
-    untouched. Raises what `attach` raises.
+    x is a tensor, a tuple of positional arguments or a dict of keyword arguments. Gradients that the parameters hold
+    already are untouched. Raises what `attach` raises.
     """
     held = {p: p.grad for p in model.parameters()}
     for p in held:

@@ -5,8 +5,9 @@
     sum_b c_b^2              (*shape)      "sum_of_squares"
     ||c_b||^2                (n,)          "squared_norms"
 
-A layer rule says which form its parameters have; a form knows how to reduce itself to the gradient and to the sums that were
-asked for, sharing the work between them. Sums are in float32 or wider whatever the dtype of the layer: squares overflow float16.
+A layer rule says which form its parameters have; a form knows how to reduce itself to the gradient and to the sums that
+were asked for, sharing the work between them. Sums are in float32 or wider whatever the dtype of the layer: squares
+overflow float16.
 
 Index letters in every file: n example, t position, i input, o output.
 """
@@ -38,7 +39,8 @@ class Contribution(ABC):
 
     @abstractmethod
     def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient and the sums called `names` ("sum_of_squares", "squared_norms"), in one pass where that is cheaper."""
+        """The gradient and the sums called `names` ("sum_of_squares", "squared_norms"), in one pass where that is
+        cheaper."""
 
 
 class Dense(Contribution):

@@ -1,7 +1,9 @@
-"""The handle that `attach` returns: which leaf serves which parameter, what was backpropagated, and the statistics read from it.
+"""The handle that `attach` returns: which leaf serves which parameter, what was backpropagated, and the statistics read
+from it.
 
-Statistics live and die with p.grad: a backward that finds the gradients None (or zeroed) starts afresh, one that finds them set
-accumulates. The batch size counts the examples that were backpropagated, so evaluation forwards leave no trace.
+Statistics live and die with p.grad: a backward that finds the gradients None (or zeroed) starts afresh, one that finds
+them set accumulates. The batch size counts the examples that were backpropagated, so evaluation forwards leave no
+trace.
 """
 
 from __future__ import annotations
@@ -123,8 +125,8 @@ class Handle:
             full = leaf.full_name(name)
             if id(p) in owners:
                 raise CoverageError(
-                    f"parameter '{full}' {tuple(p.shape)} is shared with '{owners[id(p)]}': their contributions must be summed "
-                    f"per example before squaring. attach(model, engine='vmap') does so for any model that vmaps."
+                    f"parameter '{full}' {tuple(p.shape)} is shared with '{owners[id(p)]}': their contributions must "
+                    f"be summed per example before squaring. attach(model, engine='vmap') does so for models that vmap."
                 )
             self.leaves[full] = (leaf, name)
         swap(module, leaf)
@@ -180,13 +182,14 @@ class Handle:
         if not self._inside:  # recomputed after another forward: `begin_backward` compares the sizes
             return x, n
         raise CoverageError(
-            f"module '{leaf.prefix}' ({type(leaf.module).__name__}) got an input of shape {tuple(x.shape)}, but the model's batch "
-            f"has {batch} examples: its first dimension must run over the examples. Keep that dimension in front (do not flatten "
-            f"positions into it), or use attach(model, engine='vmap')."
+            f"module '{leaf.prefix}' ({type(leaf.module).__name__}) got an input of shape {tuple(x.shape)}, but the "
+            f"model's batch has {batch} examples: its first dimension must run over the examples. Keep that dimension "
+            f"in front (do not flatten positions into it), or use attach(model, engine='vmap')."
         )
 
     def new_examples(self) -> None:
-        """Declares that the forwards from here on see other examples than those before, although no backward came between."""
+        """Declares that the forwards from here on see other examples than those before, although no backward came
+        between."""
         self.generation += 1
 
     # Backward
@@ -204,8 +207,8 @@ class Handle:
         size = self.sizes.setdefault(generation, n)
         if size != n:
             raise CoverageError(
-                f"module '{leaf.prefix}' ({type(leaf.module).__name__}) saw {n} rows where the layers before it in this "
-                f"backward pass saw {size}: the first dimension of every layer must run over the examples. "
+                f"module '{leaf.prefix}' ({type(leaf.module).__name__}) saw {n} rows where the layers before it in "
+                f"this backward pass saw {size}: the first dimension of every layer must run over the examples. "
                 f"Use attach(model, engine='vmap')."
             )
         if leaf.backward_pass != self.backward_passes:
@@ -218,9 +221,10 @@ class Handle:
 
     def _second_use(self, leaf: Leaf) -> LifetimeError:
         return LifetimeError(
-            f"module '{leaf.prefix}' ({type(leaf.module).__name__}) was used twice for one backward pass, or one use of it was "
-            f"backpropagated twice: contributions of the same example must be summed before squaring. If the forwards saw different "
-            f"examples, say so with stats.new_examples() between them; if a layer is shared, use attach(model, engine='vmap')."
+            f"module '{leaf.prefix}' ({type(leaf.module).__name__}) was used twice for one backward pass, or one use "
+            f"of it was backpropagated twice: contributions of the same example must be summed before squaring. If the "
+            f"forwards saw different examples, say so with stats.new_examples() between them; if a layer is shared, "
+            f"use attach(model, engine='vmap')."
         )
 
     def _watch(self) -> None:
@@ -284,8 +288,8 @@ class Handle:
             value = leaf.value(name, need)
             if value is None:
                 raise MissingStatistic(
-                    f"parameter '{full}' has no statistics: no backward pass has reached it since they were last zeroed. "
-                    f"Call loss.backward() on the attached model first (torch.autograd.grad leaves none)."
+                    f"parameter '{full}' has no statistics: no backward pass has reached it since they were last "
+                    f"zeroed. Call loss.backward() on the attached model first (torch.autograd.grad leaves none)."
                 )
             sums[need] = value
         return Window(sums, leaf.gradient(name) if needs_gradient else None, leaf.batch_size, self.loss_reduction)

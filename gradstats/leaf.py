@@ -1,9 +1,9 @@
 """The shadow-leaf mechanism: statistics are the gradients of tensors that hold no data.
 
-A leaf is a module that owns parameters. While attached, its forward runs through one autograd Function which takes, beside its
-real inputs, a *shadow* for every statistic: a stride-0 tensor of zeros shaped like the statistic, a leaf of autograd. The
-backward of the Function returns the statistic as the gradient of the shadow, and autograd does the bookkeeping that it does for
-every gradient: accumulation, recomputation under checkpointing, several uses.
+A leaf is a module that owns parameters. While attached, its forward runs through one autograd Function which takes,
+beside its real inputs, a *shadow* for every statistic: a stride-0 tensor of zeros shaped like the statistic, a leaf of
+autograd. The backward of the Function returns the statistic as the gradient of the shadow, and autograd does the
+bookkeeping that it does for every gradient: accumulation, recomputation under checkpointing, several uses.
 
 Shadows precede the parameters in the argument list: what runs on a parameter's gradient finds the statistic in place.
 """
@@ -169,9 +169,10 @@ class Leaf:
             return self._vmapped(kind, args, kwargs)
         inputs = (*args, *kwargs.values())
         if len(inputs) != 1 or self.rule.unbatched(self.module, inputs[0]):
+            shapes = ", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else repr(i) for i in inputs)
             raise CoverageError(
-                f"module '{self.prefix}' ({kind.__name__}) takes one batched tensor while attached, examples in its first dimension; "
-                f"got {', '.join(str(tuple(i.shape)) if isinstance(i, Tensor) else repr(i) for i in inputs)}. Use x.unsqueeze(0)."
+                f"module '{self.prefix}' ({kind.__name__}) takes one batched tensor while attached, examples in its "
+                f"first dimension; got {shapes}. Use x.unsqueeze(0)."
             )
         self.rule.check(self.module)
         x, n = self.handle.examples(self, inputs[0])
@@ -182,7 +183,7 @@ class Leaf:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
         if not tensors:
             raise CoverageError(
-                f"module '{self.prefix}' ({kind.__name__}) got no tensor from which the number of examples could be told"
+                f"module '{self.prefix}' ({kind.__name__}) got no tensor that would tell the number of examples"
             )
         _, n = self.handle.examples(self, tensors[0])
 
@@ -230,7 +231,8 @@ class Leaf:
                 self.returned.setdefault(name, []).append((gradient.detach(), gradient._version))
 
     def account(self, name: str, incoming: Tensor) -> None:
-        """Compares the gradient that reaches a parameter with what this leaf returned: any other use shows as a difference."""
+        """Compares the gradient that reaches a parameter with what this leaf returned: any other use shows as a
+        difference."""
         returned = self.returned.pop(name, [])
         if not returned:
             return
@@ -244,9 +246,9 @@ class Leaf:
         tolerance = 1e-3 * expected.abs().max()
         if expected.shape != incoming.shape or bool(((expected - incoming).abs() > tolerance).any()):
             raise CoverageError(
-                f"parameter '{self.full_name(name)}' {tuple(incoming.shape)} receives gradient from outside of its layer "
-                f"(a functional use of the weight, a penalty added to the loss, or a hook that changes the gradient), so its "
-                f"per-example statistics would be incomplete. Use the layer only by calling it, apply penalties in the "
+                f"parameter '{self.full_name(name)}' {tuple(incoming.shape)} receives gradient from outside of its "
+                f"layer (a functional use of the weight, a penalty added to the loss, or a hook that changes the "
+                f"gradient), so its per-example statistics would be incomplete. Use the layer only by calling it, apply penalties in the "
                 f"optimizer (weight_decay), or attach(model, engine='vmap')."
             )
         if (
@@ -300,8 +302,9 @@ class Leaf:
         grad = self.parameter(name).grad
         if grad is not None and grad._version != self.versions.get(name):
             raise LifetimeError(
-                f"the gradient of '{self.full_name(name)}' was changed in place after the backward pass (clipping, unscaling), so it "
-                f"no longer fits the squares. Read this statistic before, and clip with the optimizer's max_norm."
+                f"the gradient of '{self.full_name(name)}' was changed in place after the backward pass (clipping, "
+                f"unscaling), so it no longer fits the squares. Read this statistic before, and clip with the "
+                f"optimizer's max_norm."
             )
         return grad
 
@@ -317,17 +320,26 @@ def owner_of(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     return module.get_submodule(path)._parameters, attribute
 
 
+@torch.compiler.disable
+def uncompiled(leaf: Leaf, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A graph break around every leaf: its bookkeeping is Python, and would be traced anew at every step."""
+    return leaf(kind, args, kwargs)
+
+
 # The class swap
 
 
 @cache
-def attached_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `kind` whose forward goes through the module's Leaf. Its name is the original's, so nothing prints differently."""
+def attached_class(kind: type) -> type:
+    """A subclass of `kind` whose forward goes through the module's Leaf. Its name is the original's, so nothing prints
+    differently."""
 
     def forward(self, *args, **kwargs):
         leaf: Leaf = self.__dict__[LEAF]
         if not leaf.active:
             return kind.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return uncompiled(leaf, kind, args, kwargs)
         return leaf(kind, args, kwargs)
 
     def __reduce_ex__(self, protocol):
@@ -358,8 +370,8 @@ def swap(module: nn.Module, leaf: Leaf) -> None:
     """Makes `module` compute through `leaf`."""
     if "forward" in module.__dict__:
         raise CoverageError(
-            f"module '{leaf.prefix}' ({type(module).__name__}) has a forward set on the instance, which a class swap cannot see. "
-            f"Put it into a subclass, or attach before the tool that patches it."
+            f"module '{leaf.prefix}' ({type(module).__name__}) has a forward set on the instance, which a class swap "
+            f"cannot see. Put it into a subclass, or attach before the tool that patches it."
         )
     module.__dict__[LEAF] = leaf
     module.__class__ = attached_class(type(module))

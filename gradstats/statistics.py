@@ -1,6 +1,7 @@
 """The menu: what each statistic needs from the leaves and how raw sums become numbers.
 
-Contributions add up over accumulation steps, so leaves only ever keep raw sums; scale and batch size enter here, once, on reading.
+Contributions add up over accumulation steps, so leaves only ever keep raw sums; scale and batch size enter here, once,
+on reading.
 
     g_b = scale c_b          scale = B for a mean loss, 1 for a sum loss
     m   = scale/B sum c_b    mean gradient
@@ -77,8 +78,9 @@ class SecondMoment(Statistic):
 class Variance(Statistic):
     """s2 = B/(B-1) (q - m^2), the unbiased variance of g_b over examples, elementwise (*shape).
 
-    Deviations g_b - m are not at hand in one pass. Where |m| is far above the spread, q - m^2 loses digits and can come out
-    below zero, which no variance is: it is floored at 0. The error is small relative to q (float32 epsilon), not to s2.
+    Deviations g_b - m are not at hand in one pass. Where |m| is far above the spread, q - m^2 loses digits and can come
+    out below zero, which no variance is: it is floored at 0. The error is small relative to q (float32 epsilon), not to
+    s2.
 
     Raises: GradstatsError for B = 1, where the variance does not exist.
     """
@@ -113,10 +115,11 @@ STATISTICS: dict[str, type[Statistic]] = {s.name: s for s in (SecondMoment, Vari
 def second_moment_at(q: Tensor, m: Tensor, batch_size: int, reference_batch_size: float) -> Tensor:
     """v_R = m^2 + (1/R - 1/B) s2, the second moment at reference batch size R: E v_R = mu^2 + sigma^2/R.
 
-    With s2 = B/(B-1) (q - m^2) this is the interpolation v_R = m^2 + k (q - m^2), k = (B/R - 1)/(B - 1): v_1 = q, v_B = m^2.
-    Non-negative for R <= B; for R > B single elements can be negative.
+    With s2 = B/(B-1) (q - m^2) this is the interpolation v_R = m^2 + k (q - m^2), k = (B/R - 1)/(B - 1): v_1 = q, v_B =
+    m^2. Non-negative for R <= B; for R > B single elements can be negative.
 
-    Arguments: q, m (*shape) of one batch of B examples. Raises: GradstatsError for B = 1 < R, which one example cannot give.
+    Arguments: q, m (*shape) of one batch of B examples. Raises: GradstatsError for B = 1 < R, which one example cannot
+    give.
     """
     if reference_batch_size == 1:
         return q

@@ -4,10 +4,11 @@ E counts the examples seen by an average, this batch of B included. An average m
 
     x~ <- (1 - w) x~ + w x
 
-Exponential:  w = (1 - rho^B) / (1 - rho^E), the debiased exponential average with decay rho per example. Splitting a batch in
-              any way gives the same weights to its parts' mean, and at constant B it is torch Adam's average with beta = rho^B.
-Slides:       w = B / min(E, N), McAllester's form: the plain mean of the first N examples, then an average of horizon N. The
-              slides print N_s = min(1, N/B), which would never exceed 1: read max, so that w <= 1.
+Exponential:  w = (1 - rho^B) / (1 - rho^E), the debiased exponential average with decay rho per example. Splitting a
+              batch in any way gives the same weights to its parts' mean, and at constant B it is torch Adam's average
+              with beta = rho^B.
+Slides:       w = B / min(E, N), McAllester's form: the plain mean of the first N examples, then an average of horizon
+              N. The slides print N_s = min(1, N/B), which would never exceed 1: read max, so that w <= 1.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ AVERAGES = ("exponential", "slides")
 def average(kind: str, beta: float, batch_size: float) -> Average:
     """The average in examples whose weight at batch size `batch_size` is torch's 1 - beta.
 
-    "exponential": rho = beta^(1/batch_size). "slides": N = batch_size / (1 - beta), the same limit weight at that batch size.
+    "exponential": rho = beta^(1/batch_size). "slides": N = batch_size / (1 - beta), the same limit weight there.
     """
     if kind == "exponential":
         return Exponential(beta ** (1 / batch_size))

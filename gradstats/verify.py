@@ -56,18 +56,20 @@ def verify(
     dtype: torch.dtype = torch.float64,
     tolerance: float | None = None,
 ) -> Verification:
-    """Compares statistics with the oracle: one backward pass per example, with that example's share of the batch loss's cotangent.
+    """Compares statistics with the oracle: one backward pass per example, with that example's share of the batch loss's
+    cotangent.
 
-    The error of a statistic of one parameter is ||a - b|| / max(||b||, 1e-6 ||b over all parameters||), b the oracle's; that of a
-    variance is relative to the second moment, from which it is the difference.
+    The error of a statistic of one parameter is ||a - b|| / max(||b||, 1e-6 ||b over all parameters||), b the oracle's;
+    that of a variance is relative to the second moment, from which it is the difference.
 
     Arguments:
         x, y, loss_fn: as for `compute`; a few examples are enough, two at least.
-        dtype: in which the statistics under test are computed, on a copy of the model; the oracle's is float64. With dropout,
-            which draws other masks in another dtype, leave it at float64.
+        dtype: in which the statistics under test are computed, on a copy of the model; the oracle's is float64. With
+            dropout, which draws other masks in another dtype, leave it at float64.
         tolerance: of the error; None takes 1e-8 for float64, 1e-4 for float32.
 
-    Returns: the table of errors. Raises: VerificationError naming the worst parameter if any error is above the tolerance.
+    Returns: the table of errors. Raises: VerificationError naming the worst parameter if any error is above the
+    tolerance.
     """
     if any(LEAF in module.__dict__ for module in model.modules()):
         raise GradstatsError("verify attaches a copy of its own: detach() the model first, or verify before attach")
@@ -95,14 +97,15 @@ def verify(
     if not result.worst.error <= limit:
         w = result.worst
         raise VerificationError(
-            f"{w.statistic} of parameter '{w.parameter}' {w.shape} differs from the oracle by {w.error:.2e}, above {limit:.0e}.\n{result}"
+            f"{w.statistic} of parameter '{w.parameter}' {w.shape} differs from the oracle by {w.error:.2e}, "
+            f"above {limit:.0e}.\n{result}"
         )
     return result
 
 
 def per_example_oracle(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) -> dict[str, Tensor]:
-    """c_b of every trainable parameter, (B, *shape): a full forward, the batch loss's cotangent, then one backward per example
-    with all other rows of the cotangent zeroed. Leaves the gradients of `model` None."""
+    """c_b of every trainable parameter, (B, *shape): a full forward, the batch loss's cotangent, then one backward per
+    example with all other rows of the cotangent zeroed. Leaves the gradients of `model` None."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     with torch.enable_grad():

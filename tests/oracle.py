@@ -55,7 +55,7 @@ def whole(statistic: dict[str, Tensor]) -> float:
 
 
 def errors(handle, expected: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Errors of every statistic of the handle by name of parameter; that of the variance is relative to the second moment."""
+    """Errors of every statistic of the handle by parameter; that of the variance is relative to the second moment."""
     q = {name: second_moment(c) for name, c in expected.items()}
     s2 = {name: variance(c) for name, c in expected.items()}
     n = {name: norms(c) for name, c in expected.items()}

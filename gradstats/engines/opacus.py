@@ -1,7 +1,7 @@
 """Engine "opacus": per-example gradients from Opacus' hooks, written by others from other formulas.
 
-Opacus keeps p.grad_sample (B, *shape), a list of them after several backward passes; with its loss_reduction "sum" they are the
-contributions c_b. It captures in training mode only.
+Opacus keeps p.grad_sample (B, *shape), a list of them after several backward passes; with its loss_reduction "sum" they
+are the contributions c_b. It captures in training mode only.
 """
 
 from __future__ import annotations

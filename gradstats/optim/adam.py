@@ -43,38 +43,40 @@ class Weights:
 class BatchInvariantAdam(Optimizer):
     """Adam, tuned once at one batch size and used at any.
 
-    With m the mean gradient and v_R = m^2 + (1/R - 1/B) s2 the second moment at the reference batch size R, both of a batch of B
-    examples, and w = (1 - rho^B)/(1 - rho^E), rho = beta^(1/batch_size), E the examples that the parameter has seen:
+    With m the mean gradient and v_R = m^2 + (1/R - 1/B) s2 the second moment at the reference batch size R, both of a
+    batch of B examples, and w = (1 - rho^B)/(1 - rho^E), rho = beta^(1/batch_size), E the examples that the parameter
+    has seen:
 
         m~ <- (1 - w1) m~ + w1 m
         s  <- (1 - w2) s  + w2 v_R
         p  <- p (1 - lr weight_decay)^(B/batch_size) - (B/batch_size) lr m~ / (sqrt(s) + eps)
 
-    At B = R = batch_size this is torch.optim.AdamW's trajectory (Adam's for weight_decay = 0); at any other B the learning curve
-    against examples stays, until the step itself grows too long for the loss surface.
+    At B = R = batch_size this is torch.optim.AdamW's trajectory (Adam's for weight_decay = 0); at any other B the
+    learning curve against examples stays, until the step itself grows too long for the loss surface.
 
-    R > B cannot be had from one batch (nor can R > 1 from one example). There mu^2 is estimated across steps, by the product of
-    this gradient with the running average before it, v = q/R + (1 - 1/R) m m~, and s is floored at q~/R, which is valid since
-    mu^2 + sigma^2/R >= (mu^2 + sigma^2)/R. This keeps one more buffer, q~; all other settings keep Adam's two.
+    R > B cannot be had from one batch (nor can R > 1 from one example). There mu^2 is estimated across steps, by the
+    product of this gradient with the running average before it, v = q/R + (1 - 1/R) m m~, and s is floored at q~/R,
+    which is valid since mu^2 + sigma^2/R >= (mu^2 + sigma^2)/R. This keeps one more buffer, q~; all other settings keep
+    Adam's two.
 
     Arguments:
         lr, betas, eps, weight_decay: torch.optim.AdamW's, as tuned at `batch_size`. The default weight_decay is 0.
         batch_size: the batch size at which those values were tuned.
         reference_batch_size: R >= 1; None means `batch_size`. R = 1 is the mean of squared per-example gradients.
         average: "exponential" as above, or "slides", w = B / min(E, N) with N = batch_size / (1 - beta).
-        max_norm: bounds the norm of m~ over all parameters of the optimizer, unlike clipping of the batch gradient, which
-            depends on the batch size. None does not clip.
+        max_norm: bounds the norm of m~ over all parameters of the optimizer, unlike clipping of the batch gradient,
+            which depends on the batch size. None does not clip.
         maximize: ascend instead of descend.
 
-    Gradients are the batch's, statistics come from `gradstats.attach(model)` (or "variance"), found through the parameters.
-    The state's "step" counts examples, as an integer.
+    Gradients are the batch's, statistics come from `gradstats.attach(model)` (or "variance"), found through the
+    parameters. The state's "step" counts examples, as an integer.
 
-    Raises: MissingStatistic by `step` for a gradient without statistics; LifetimeError if R > 1 and the gradient was changed
-        after the backward pass (clip with max_norm). A step with lr = 0 before any backward only allocates state, as distributed
-        checkpointing wants.
+    Raises: MissingStatistic by `step` for a gradient without statistics; LifetimeError if R > 1 and the gradient was
+        changed after the backward pass (clip with max_norm). A step with lr = 0 before any backward only allocates
+        state, as distributed checkpointing wants.
 
-    Source: D. McAllester, TTIC 31230 lecture slides, "SGD, Momentum, RMSProp, Adam"; Kingma & Ba 2015, Algorithm 1; decoupled
-    weight decay: Loshchilov & Hutter 2019, Algorithm 2.
+    Source: D. McAllester, TTIC 31230 lecture slides, "SGD, Momentum, RMSProp, Adam"; Kingma & Ba 2015, Algorithm 1;
+    decoupled weight decay: Loshchilov & Hutter 2019, Algorithm 2.
     """
 
     def __init__(
@@ -201,7 +203,8 @@ class BatchInvariantAdam(Optimizer):
         try:
             if handle is None:
                 raise MissingStatistic(
-                    f"no statistics for a parameter of shape {tuple(p.shape)}: call gradstats.attach(model) before the forward pass"
+                    f"no statistics for a parameter of shape {tuple(p.shape)}: call gradstats.attach(model) before the "
+                    f"forward pass"
                 )
             # With R = 1 the mean gradient enters linearly only, and whoever changed it meant to.
             return handle.window(p, ("sum_of_squares",), needs_gradient=reference != 1)
@@ -220,7 +223,8 @@ class BatchInvariantAdam(Optimizer):
         return {bound: (bound / norm).clamp(max=1.0) for bound in bounds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but the averages keep their own dtype: torch would cast float32 moments to a bfloat16 parameter's."""
+        """As torch's, but the averages keep their own dtype: torch would cast float32 moments to a bfloat16
+        parameter's."""
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]

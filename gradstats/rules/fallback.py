@@ -1,7 +1,7 @@
 """The vmap leaf: any module without a rule, run under torch.func.vmap with one copy of its parameters per example.
 
-Each parameter is expanded to (n, *shape) with stride 0; the gradient of the expanded tensor IS the stack of contributions c_b.
-Exact for whatever vmaps, at the price of n copies of the module's gradient during the backward.
+Each parameter is expanded to (n, *shape) with stride 0; the gradient of the expanded tensor IS the stack of
+contributions c_b. Exact for whatever vmaps, at the price of n copies of the module's gradient during the backward.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def vmappable() -> Iterator[None]:
 
 
 class EmbeddingUnderVmap(TorchFunctionMode):
-    """F.embedding as it is outside of vmap, whose batching rule forgets padding_idx and counts frequencies per example."""
+    """F.embedding as it is outside of vmap, whose batching rule forgets padding_idx and counts frequencies per
+    example."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -111,7 +112,7 @@ def run(
             if isinstance(o, Tensor) and (o.dim() == 0 or o.shape[0] != 1):
                 raise refuse(
                     module,
-                    f"called on one example it returns a tensor of shape {tuple(o.shape)}, with no dimension of examples in front",
+                    f"for one example it returns a tensor of shape {tuple(o.shape)}, with no dimension of examples",
                     "Return losses and other reductions outside of the attached module",
                 )
         return tuple(o.squeeze(0) for o in outputs if isinstance(o, Tensor))

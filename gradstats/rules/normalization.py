@@ -145,7 +145,8 @@ class InstanceNorm(GroupNorm):
 
 @rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class BatchNorm(Rule):
-    """In evaluation mode: xhat = (x - running mean) / sqrt(running variance + eps), the same affine map for every example."""
+    """In evaluation mode: xhat = (x - running mean) / sqrt(running variance + eps), the same affine map for every
+    example."""
 
     autocast = "float32"
 

@@ -1,7 +1,7 @@
 """One file per kind of layer. A rule says how a leaf computes its forward and what its parameters' contributions are.
 
-A rule is found along the MRO of the module's class (FSDP swaps the class), and only where `forward` is the one that the rule
-was written for: a subclass that overrides `forward` is another layer.
+A rule is found along the MRO of the module's class (FSDP swaps the class), and only where `forward` is the one that the
+rule was written for: a subclass that overrides `forward` is another layer.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Rule(ABC):
     autocast: ClassVar[Literal["low", "float32"] | None] = None
 
     @staticmethod
-    def check(module: nn.Module) -> None:
+    def check(module: Any) -> None:
         """Raises CoverageError for settings of the module that the rule does not cover."""
 
     @staticmethod
-    def unbatched(module: nn.Module, x: Tensor) -> bool:
+    def unbatched(module: Any, x: Tensor) -> bool:
         """Whether x lacks the dimension of examples."""
         return x.dim() < 2
 
     @staticmethod
-    def options(module: nn.Module) -> tuple[Any, ...]:
+    def options(module: Any) -> tuple[Any, ...]:
         """The module's settings, as constants."""
         return ()
 
@@ -51,7 +51,8 @@ class Rule(ABC):
     def backward(
         options: tuple[Any, ...], saved: tuple, d: Tensor, wanted: frozenset[str]
     ) -> tuple[Tensor | None, dict[str, Contribution]]:
-        """Gradient of the input (if "input" is wanted) and the contribution of every parameter wanted, from d = dL/doutput."""
+        """Gradient of the input (if "input" is wanted) and the contribution of every parameter wanted, from d =
+        dL/doutput."""
 
 
 def rule(*kinds: type[nn.Module]):

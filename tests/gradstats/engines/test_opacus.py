@@ -39,7 +39,7 @@ def test_steps_and_accumulation(setting):
 
 
 def test_evaluation_mode_is_refused(setting):
-    model, x, y, _ = setting
+    model, x, _, _ = setting
     handle = attach(model.eval(), engine="opacus")
     with pytest.raises(CoverageError, match=r"model.train\(\)"):
         model(x)

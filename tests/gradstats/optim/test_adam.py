@@ -11,6 +11,7 @@ from torch import nn
 
 from gradstats import GradstatsError, LifetimeError, MissingStatistic, attach, attached
 from gradstats.optim import BatchInvariantAdam
+from tests import oracle
 from tests.gradstats.optim import reference
 
 D = torch.float64
@@ -94,9 +95,6 @@ def test_follows_its_equations(sizes, r, average):
 
 def test_first_s_is_the_oracles_mean_of_squares():
     model, x, y = problem()
-    c = {n: None for n, _ in model.named_parameters()}
-    from tests import oracle
-
     c = oracle.contributions(model, F.cross_entropy, x[:64], y[:64])
     attach(model)
     optimizer = BatchInvariantAdam(model.parameters(), batch_size=64, reference_batch_size=1)

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from gradstats import per_example_gradients
 
 import gradstats
+from gradstats import per_example_gradients
 from tests import oracle
 from tests.layers import LAYERS, B
 
