@@ -30,6 +30,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def wide(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 class Contribution(ABC):
     """Contributions of all examples of a batch to one parameter's gradient."""
 
@@ -54,7 +58,7 @@ class Dense(Contribution):
 
     def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
         found = {}
-        c2 = self.c.to(accumulation_dtype(self.c.dtype)).square()  # (n, *shape)
+        c2 = wide(self.c).square()  # (n, *shape)
         if "sum_of_squares" in names:
             found["sum_of_squares"] = c2.sum(0)
         if "squared_norms" in names:
@@ -76,8 +80,7 @@ class Outer(Contribution):
 
     def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
         found = {}
-        wide = accumulation_dtype(self.d.dtype)
-        d2, a2 = self.d.to(wide).square(), self.a.to(wide).square()  # (n, o), (n, i)
+        d2, a2 = wide(self.d).square(), wide(self.a).square()  # (n, o), (n, i)
         if "sum_of_squares" in names:
             found["sum_of_squares"] = d2.T @ a2
         if "squared_norms" in names:
@@ -98,12 +101,12 @@ class Streamed(Contribution):
         """c_n, shaped like the parameter; may be overwritten by the next call."""
 
     def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        wide = accumulation_dtype(self.dtype)
-        gradient = torch.zeros(self.shape, dtype=wide, device=self.device)
+        dtype = accumulation_dtype(self.dtype)
+        gradient = torch.zeros(self.shape, dtype=dtype, device=self.device)
         squares = torch.zeros_like(gradient) if "sum_of_squares" in names else None
-        norms = torch.zeros(self.count, dtype=wide, device=self.device) if "squared_norms" in names else None
+        norms = torch.zeros(self.count, dtype=dtype, device=self.device) if "squared_norms" in names else None
         for n in range(self.count):
-            c = self.example(n).to(wide)
+            c = wide(self.example(n))
             gradient += c
             if squares is not None:
                 squares.addcmul_(c, c)
@@ -135,8 +138,7 @@ class OuterSum(Streamed):
     def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
         positions, (o, i) = self.d.shape[1], self.shape
         if set(names) == {"squared_norms"} and positions**2 * (o + i) < GRAM_ADVANTAGE * o * i:
-            wide = accumulation_dtype(self.dtype)
-            d, a = self.d.to(wide), self.a.to(wide)
+            d, a = wide(self.d), wide(self.a)
             gram = (d @ d.mT) * (a @ a.mT)  # (n, t, t)
             return self.gradient(), {"squared_norms": gram.sum((1, 2))}
         return super().sums(names)
@@ -157,7 +159,7 @@ class Rows(Contribution):
 
     def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
         count, width = self.ids.shape[0], self.d.shape[-1]
-        d = self.d.to(accumulation_dtype(self.d.dtype))
+        d = wide(self.d)
         example = torch.arange(count, device=d.device).unsqueeze(1)
         pairs, index = torch.unique(example * self.rows + self.ids, return_inverse=True)  # (u,) distinct (example, row)
         c = d.new_zeros(pairs.numel(), width).index_add_(0, index.flatten(), d.flatten(0, 1))  # (u, o)

@@ -269,11 +269,16 @@ class Handle:
                     f"no parameter '{key}' in the attached model; its parameters are {list(self.leaves)}"
                 )
             return key
-        for full in filter(None, (self._names.get(id(key)), *self.leaves)):
-            leaf, name = self.leaves[full]
-            if leaf.parameter(name) is key:
+        if (known := self._names.get(id(key))) is not None and self._is(known, key):
+            return known
+        for full in self.leaves:
+            if self._is(full, key):
                 return full
         raise MissingStatistic(f"a parameter of shape {tuple(key.shape)} does not belong to the attached model")
+
+    def _is(self, full: str, parameter: Tensor) -> bool:
+        leaf, name = self.leaves[full]
+        return leaf.parameter(name) is parameter
 
     def window(self, key: str | Tensor, needs: Sequence[str], needs_gradient: bool = False) -> Window:
         """Raw sums of one parameter since its gradient was last None."""

@@ -362,7 +362,7 @@ def attached_class(kind: type) -> type:
 
 
 def new_attached(kind: type[nn.Module], *args) -> nn.Module:
-    cls = attached_class(kind)
+    cls = attached_class(kind)  # type: ignore[arg-type]
     return cls.__new__(cls, *args)
 
 
@@ -374,7 +374,7 @@ def swap(module: nn.Module, leaf: Leaf) -> None:
             f"cannot see. Put it into a subclass, or attach before the tool that patches it."
         )
     module.__dict__[LEAF] = leaf
-    module.__class__ = attached_class(type(module))
+    module.__class__ = attached_class(type(module))  # type: ignore[arg-type]
 
 
 def unswap(module: nn.Module) -> None:

@@ -21,9 +21,9 @@ def per_example_gradients(
     """g_b for every example b: a dict from parameter name to (B, *shape).
 
     g_b = B dL/dtheta_b for a mean loss, dL/dtheta_b for a sum loss, where L = loss_fn(model(x), y) is the loss of the
-    whole batch: it may couple examples, the forward may not. One forward under torch.func.vmap, `chunk_size` examples at a
-    time (None: all), then the batch loss over all outputs, then the backward of each chunk. Dropout draws a mask of its own
-    for every example.
+    whole batch: it may couple examples, the forward may not. One forward under torch.func.vmap, `chunk_size` examples
+    at a time (None: all), then the batch loss over all outputs, then the backward of each chunk. Dropout draws a mask
+    of its own for every example.
 
     x is a tensor, a tuple of positional arguments or a dict of keyword arguments; tensors in it have the examples in
     front. Raises: CoverageError for models whose forward couples examples or has no batching rule.

@@ -167,6 +167,7 @@ class BatchInvariantAdam(Optimizer):
     def _gather(self) -> dict[tuple[int, Weights], list[tuple[Tensor, Window]]]:
         """Parameters that have gradients, with their statistics, grouped by what their step has in common."""
         buckets = defaultdict(list)
+        seen: dict[tuple[Any, ...], Weights] = {}  # parameters of one age share the weights
         for index, group in enumerate(self.param_groups):
             reference = group["reference_batch_size"] or group["batch_size"]
             averages = [average(group["average"], beta, group["batch_size"]) for beta in group["betas"]]
@@ -184,18 +185,13 @@ class BatchInvariantAdam(Optimizer):
                 if across and "exp_avg_q" not in state:
                     state["exp_avg_q"] = torch.zeros_like(state["exp_avg"])
                     state["exp_avg_q_step"] = torch.tensor(0)
-                e = count(state, "step", b)
-                w3 = averages[1].weight(b, count(state, "exp_avg_q_step", b)) if across else None
-                weights = Weights(
-                    averages[0].weight(b, e),
-                    averages[1].weight(b, e),
-                    w3,
-                    b,
-                    reference,
-                    window.scale / b,
-                    window.scale**2 / b,
-                )
-                buckets[index, weights].append((p, window))
+                e, e_q = int(state["step"]) + b, int(state["exp_avg_q_step"]) + b if across else None
+                key = (index, b, e, e_q, window.scale)
+                if key not in seen:
+                    w1, w2 = (a.weight(b, e) for a in averages)
+                    w3 = None if e_q is None else averages[1].weight(b, e_q)
+                    seen[key] = Weights(w1, w2, w3, b, reference, window.scale / b, window.scale**2 / b)
+                buckets[index, seen[key]].append((p, window))
         return buckets
 
     def _window(self, p: Tensor, reference: float, lr: float) -> Window | None:
@@ -240,18 +236,13 @@ def allocate(state: dict[str, Any], p: Tensor) -> None:
     state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
 
 
-def count(state: dict[str, Any], key: str, b: int) -> int:
-    """Advances a counter of examples by B; returns E."""
-    state[key] += b
-    return int(state[key])
-
-
 def update_averages(parameters: list[Tensor], windows: list[Window], states: list[dict[str, Any]], w: Weights) -> None:
     """Moves m~, s and q~ (see Weights), all parameters at once.
 
     v_R = (1 - k) m^2 + k q with k = (B/R - 1)/(B - 1) within the batch; v_R = (1 - 1/R) m m~ + q/R across steps.
     """
     b, r = w.batch_size, w.reference
+    torch._foreach_add_([s["step"] for s in states], b)
     averages, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
     gradients = [p.grad for p in parameters if p.grad is not None]
     m = torch._foreach_mul([g.to(a.dtype) for g, a in zip(gradients, averages, strict=True)], w.mean_scale)
@@ -266,6 +257,7 @@ def update_averages(parameters: list[Tensor], windows: list[Window], states: lis
         torch._foreach_add_(squares, raw, alpha=w.w2 * k * w.square_scale)
     if w.w3 is not None:
         floors = [s["exp_avg_q"] for s in states]
+        torch._foreach_add_([s["exp_avg_q_step"] for s in states], b)
         torch._foreach_mul_(floors, 1 - w.w3)
         torch._foreach_add_(floors, raw, alpha=w.w3 * w.square_scale)
     torch._foreach_lerp_(averages, m, w.w1)

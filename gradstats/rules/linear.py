@@ -33,5 +33,7 @@ class Linear(Rule):
 
 def outer(d: Tensor, a: Tensor) -> Contribution:
     """The cheapest form for d (n, ..., o) and a (n, ..., i)."""
+    if d.dim() == 2:
+        return Outer(d, a)
     d, a = d.reshape(d.shape[0], -1, d.shape[-1]), a.reshape(a.shape[0], -1, a.shape[-1])
     return Outer(d[:, 0], a[:, 0]) if d.shape[1] == 1 else OuterSum(d, a)
