@@ -1,0 +1,136 @@
+"""The price of the statistics: forward and backward with them, as a ratio to the plain step, side by side in one process.
+
+python -m experiments.benchmark                     both workloads, prints the table and writes outputs/benchmark.json
+python -m experiments.benchmark --steps 50 mlp      one workload, more steps
+
+Contestants alternate step by step, so that a change of the machine's speed meets all of them alike; a ratio is taken pair
+by pair, and its median and quartiles are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+import gradstats
+from experiments.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Workload:
+    model: Callable[[], nn.Module]
+    batch: Callable[[], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+
+def images() -> tuple[Tensor, Tensor]:
+    return torch.randn(256, 784), torch.randint(0, 10, (256,))
+
+
+def text() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, 256, (16, 129))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+WORKLOADS = {
+    "mlp": Workload(perceptron, images, F.cross_entropy),
+    "gpt": Workload(
+        lambda: GPT(words=256, width=256, layers=4, heads=4, positions=128),
+        text,
+        lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten()),
+    ),
+}
+STATISTICS = {"second_moment": ("second_moment",), "norms": ("norms",), "both": ("second_moment", "norms")}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Milliseconds are medians; `ratio` is the median over pairs of steps, between its quartiles."""
+
+    workload: str
+    statistics: str
+    plain_ms: float
+    attached_ms: float
+    lower: float
+    ratio: float
+    upper: float
+    steps: int
+
+
+def measure(name: str, steps: int, warmup: int = 3) -> list[Measurement]:
+    torch.manual_seed(0)
+    workload = WORKLOADS[name]
+    plain = workload.model()
+    models = {"plain": plain}
+    for contestant, names in STATISTICS.items():
+        models[contestant] = copy.deepcopy(plain)
+        gradstats.attach(models[contestant], *names)
+    x, y = workload.batch()
+    seconds: dict[str, list[float]] = {contestant: [] for contestant in models}
+    for i in track(range(warmup + steps), f"{name}: {steps} steps of {len(models)} contestants", transient=True):
+        for contestant, model in models.items():
+            start = time.perf_counter()
+            workload.loss(model(x), y).backward()
+            elapsed = time.perf_counter() - start
+            model.zero_grad()
+            if i >= warmup:
+                seconds[contestant].append(elapsed)
+    found = []
+    for contestant in STATISTICS:
+        ratios = [a / p for a, p in zip(seconds[contestant], seconds["plain"], strict=True)]
+        lower, middle, upper = statistics.quantiles(ratios, n=4)
+        plain_ms, attached_ms = (1e3 * statistics.median(seconds[c]) for c in ("plain", contestant))
+        found.append(Measurement(name, contestant, plain_ms, attached_ms, lower, middle, upper, steps))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []], help="default: all")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each contestant")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.json"))
+    arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error("--steps: quartiles need at least 2")
+    torch.set_num_threads(arguments.threads)
+    found = [m for name in arguments.workloads or WORKLOADS for m in measure(name, arguments.steps)]
+
+    table = Table("workload", "statistics", "plain ms", "attached ms", "ratio", "quartiles")
+    for m in found:
+        row = (f"{m.plain_ms:.1f}", f"{m.attached_ms:.1f}", f"{m.ratio:.2f}", f"{m.lower:.2f} to {m.upper:.2f}")
+        table.add_row(m.workload, m.statistics, *row)
+    Console().print(table)
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gradstats": gradstats.__version__,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"machine": machine, "results": [asdict(m) for m in found]}, indent=2) + "\n")
+    print(f"written: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

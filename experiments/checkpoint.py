@@ -1,0 +1,68 @@
+"""The state of a run in one file, written atomically, the one before it kept."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.errors import UserError
+
+FILE = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
+
+
+def save(directory: Path, state: dict[str, Any]) -> Path:
+    """Write the state; a process killed at any moment leaves this checkpoint or the previous one whole."""
+    path, previous = directory / FILE, directory / PREVIOUS
+    temporary = directory / f".{FILE}.{os.getpid()}"
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def find(directory: Path) -> Path | None:
+    """The newest checkpoint, or None. Only a kill between the two renames leaves the previous one alone."""
+    return next((path for path in (directory / FILE, directory / PREVIOUS) if path.exists()), None)
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any]:
+    """Raises UserError if the file is damaged; it is left where it is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged archive raises nearly anything, and its cause does not change the way out
+        previous = path.with_name(PREVIOUS)
+        way_out = f"delete {path} to start from the beginning"
+        if path.name == FILE and previous.exists():
+            way_out = f"to continue from the one before it, move {previous} to {path}; or delete both to start anew"
+        raise UserError(f"the checkpoint {path} is damaged ({error}): {way_out}") from error
+    return state
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of torch's generators on the CPU and, if the run uses it, on the GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -1,0 +1,62 @@
+"""What a user can put right: printed as one message with exit code 2, never as a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from omegaconf.errors import OmegaConfBaseException
+
+from gradstats.errors import GradstatsError
+
+Choice = TypeVar("Choice")
+
+SHOWN_INDICES = 8
+
+
+class UserError(Exception):
+    """The text names the thing that is wrong and the way out."""
+
+
+class Diverged(UserError):
+    """The loss or a parameter stopped being finite.
+
+    step: the first such step, counted from 1; indices: the rows of the training set in its batch;
+    checkpoint: the last one written, all finite, or None.
+    """
+
+    def __init__(self, step: int, indices: Sequence[int], checkpoint: Path | None) -> None:
+        self.step = step
+        self.indices = tuple(indices)
+        self.checkpoint = checkpoint
+        shown = ", ".join(str(index) for index in self.indices[:SHOWN_INDICES])
+        more = f", ... ({len(self.indices)} in all)" if len(self.indices) > SHOWN_INDICES else ""
+        kept = f"the last good checkpoint is kept: {checkpoint}" if checkpoint else "no checkpoint had been written yet"
+        super().__init__(
+            f"the loss is not finite at step {step}, on training examples [{shown}{more}]; {kept}. "
+            "Lower optimizer.lr, lengthen train.warmup_examples, or set train.max_norm."
+        )
+
+    def __reduce__(self) -> tuple[type[Diverged], tuple[int, tuple[int, ...], Path | None]]:
+        # An exception is rebuilt from its message by default, and this one crosses process borders in a study.
+        return Diverged, (self.step, self.indices, self.checkpoint)
+
+
+@contextmanager
+def as_user_errors() -> Iterator[None]:
+    """Refusals of gradstats and of OmegaConf are the user's to put right too; their text already says how."""
+    try:
+        yield
+    except GradstatsError as error:
+        raise UserError(f"gradstats: {error}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {error}") from error
+
+
+def choose(table: Mapping[str, Choice], name: str, key: str) -> Choice:
+    """The entry of a table that the configuration names; UserError if there is none."""
+    if name not in table:
+        raise UserError(f"{key}={name} is unknown: choose one of {', '.join(table)}")
+    return table[name]

@@ -1,0 +1,160 @@
+"""What a study says about each claim, in one sentence with its numbers, whichever way it comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from experiments.invariance import Analysis, out_of_reach
+
+Verdict = Literal["holds", "does not hold", "cannot be judged"]
+
+LARGEST_RATIO = 1 / 3
+LARGEST_ACCURACY_GAP = 0.01
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    percent: bool = False
+
+    def __str__(self) -> str:
+        return self.text() + (f" [{self.interval()}]" if np.isfinite(self.value) else "")
+
+    def text(self) -> str:
+        return _number(self.value, self.percent)
+
+    def interval(self) -> str:
+        return f"{_number(self.low, self.percent)}, {_number(self.high, self.percent)}"
+
+
+def _number(value: float, percent: bool) -> str:
+    if not np.isfinite(value):
+        return "–"
+    if percent:
+        return f"{100 * value:.1f}"
+    if value == 0:
+        return "0"
+    return f"{value:#.3g}" if abs(value) >= 1e-4 else f"{value:.0e}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A bar, whether it holds, and the numbers. A note has no bar."""
+
+    bar: str
+    verdict: Verdict | None
+    sentence: str
+
+
+def estimate(analysis: Analysis, measure: str, *index: int, percent: bool = False) -> Estimate:
+    """One number of ``Measures``, by its name and position."""
+    value, low, high = (float(getattr(m, measure)[index]) for m in (analysis.point, analysis.low, analysis.high))
+    return Estimate(value, low, high, percent)
+
+
+def findings(analysis: Analysis) -> list[Finding]:
+    bars = [
+        finding
+        for method in analysis.ours
+        for finding in (
+            *(_matched_score(analysis, method, target) for target in range(len(analysis.point.targets))),
+            _regret(analysis, method),
+            _accuracy(analysis, method),
+        )
+    ]
+    return [*bars, *_notes(analysis)]
+
+
+def _matched_score(analysis: Analysis, method: int, target: int) -> Finding:
+    label, loss = analysis.grid.labels[method], analysis.point.targets[target]
+    bar = f"{label}: score at most a third of the best baseline's, at {['', 'twice '][target]}the loss of tuned Adam"
+    if reason := out_of_reach(analysis, method, target):
+        return Finding(bar, "cannot be judged", f"It does not reach a final loss of {loss:.3g}: {reason}.")
+    scores = analysis.point.matched_score[analysis.baselines, target]
+    if not np.isfinite(scores).any():
+        return Finding(bar, "cannot be judged", f"No baseline reaches a final loss of {loss:.3g}.")
+    best = analysis.baselines[int(np.nanargmin(scores))]
+    ratio = estimate(analysis, "ratio", method, target, percent=True)
+    sentence = (
+        f"Over B in {_set(analysis.comparison.score_batch_sizes)}, at a final loss of {loss:.3g}, its score is "
+        f"{estimate(analysis, 'matched_score', method, target)}, and that of the best baseline "
+        f"({analysis.grid.labels[best]}) is {estimate(analysis, 'matched_score', best, target)}: "
+        f"{ratio} per cent of it."
+    )
+    if (share := analysis.reachable[[method, best], target].min()) < 1:
+        sentence += f" Intervals are over the {share:.0%} of resamples that reach this loss."
+    return Finding(bar, _verdict(ratio.value <= LARGEST_RATIO), sentence + _beyond(ratio, LARGEST_RATIO))
+
+
+def _regret(analysis: Analysis, method: int) -> Finding:
+    point, labels = analysis.point, analysis.grid.labels
+    best = min(analysis.baselines, key=lambda m: point.mean_regret[m])
+    margin = estimate(analysis, "regret_margin", method)
+    sentence = (
+        f"Over B in {_set(analysis.grid.batch_sizes)} its mean transfer regret is "
+        f"{estimate(analysis, 'mean_regret', method)}, and the lowest of a baseline ({labels[best]}) is "
+        f"{estimate(analysis, 'mean_regret', best)}: a difference of {margin}. On the test loss it is "
+        f"{estimate(analysis, 'mean_test_regret', method)} against {estimate(analysis, 'mean_test_regret', best)}."
+    )
+    bar = f"{labels[method]}: mean transfer regret below every baseline's"
+    return Finding(bar, _verdict(margin.value < 0), sentence + _beyond(margin, 0))
+
+
+def _accuracy(analysis: Analysis, method: int) -> Finding:
+    labels, reference = analysis.grid.labels, analysis.reference
+    gap = estimate(analysis, "accuracy_gap", method, percent=True)
+    sentence = (
+        f"At B = {analysis.comparison.tuning_batch_size} its test accuracy is "
+        f"{estimate(analysis, 'test_accuracy', method, percent=True)}%, and that of {labels[reference]} is "
+        f"{estimate(analysis, 'test_accuracy', reference, percent=True)}%: a difference of {gap} points."
+    )
+    bar = f"{labels[method]}: test accuracy within 1 point of tuned Adam's"
+    return Finding(bar, _verdict(gap.value >= -LARGEST_ACCURACY_GAP), sentence + _beyond(gap, -LARGEST_ACCURACY_GAP))
+
+
+def _notes(analysis: Analysis) -> list[Finding]:
+    grid, point, method = analysis.grid, analysis.point, analysis.ours[0]
+    notes = []
+    if np.isfinite(floor := analysis.seed_floor[method]):
+        notes.append(
+            f"Seed floor: at one batch size, runs of {grid.labels[method]} that differ only in their seed have a score "
+            f"of {floor:.3g}; over batch sizes it is {point.score[method]:.3g}."
+        )
+    if grid.diverged.any():
+        counts = grid.diverged.sum(axis=(1, 2, 3))
+        table = ", ".join(f"{label} {count}" for label, count in zip(grid.labels, counts, strict=True) if count)
+        notes.append(
+            f"{grid.diverged.sum()} of {grid.diverged.size} runs diverged ({table}); from there on they count with the "
+            "loss of their initial model."
+        )
+    last = grid.lr.shape[1] - 1
+    if edges := [grid.labels[m] for m, rate in enumerate(analysis.tuned) if rate in (0, last)]:
+        notes.append(f"The tuned lr lies at an edge of the grid, and may be better beyond it, for: {'; '.join(edges)}.")
+    if sizes := [
+        size for size, rate in zip(grid.batch_sizes, analysis.reference_tuned, strict=True) if rate in (0, last)
+    ]:
+        notes.append(
+            f"The reference, {grid.labels[analysis.reference]} tuned at each batch size, has its best lr at an edge of "
+            f"the grid at B in {_set(sizes)}: transfer regret may be underestimated there."
+        )
+    return [Finding("", None, note) for note in notes]
+
+
+def _verdict(condition: bool) -> Verdict:
+    return "holds" if condition else "does not hold"
+
+
+def _beyond(value: Estimate, bar: float) -> str:
+    return " The interval reaches across the bar." if value.low <= bar < value.high else ""
+
+
+def _set(sizes: Sequence[int]) -> str:
+    return "{" + ", ".join(map(str, sizes)) + "}"

@@ -1,0 +1,40 @@
+"""A GPT as small as the benchmark and the text experiments want it: pre-norm blocks, learned positions, an untied head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query_key_value, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, width = x.shape
+        heads = self.query_key_value(self.attention_norm(x)).view(n, t, 3, self.heads, -1)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # (n, heads, t, width / heads) each
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.projection(mixed.transpose(1, 2).reshape(n, t, width))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """Tokens (n, t) to logits (n, t, words)."""
+
+    def __init__(self, words: int, width: int, layers: int, heads: int, positions: int):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(words, width), nn.Embedding(positions, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)  # (1, t)
+        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(positions))))

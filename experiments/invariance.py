@@ -1,0 +1,327 @@
+"""Batch-size invariance, computed from the records of a study.
+
+One letter per axis: M method, L learning rate, B batch size, S seed, T checkpoint. Every loss is in nats per example.
+A method is tuned at one batch size, on the training loss, and the lr found there is used at all the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.record import Record
+
+Array = NDArray[np.float64]
+
+# The first checkpoints compare little but the common initial model, and would pull every score towards zero.
+BURN_IN = 0.05
+# Two methods that coincide at the tuning batch size still differ by rounding in their final loss.
+MATCHING_TOLERANCE = 0.01
+# Below it a float32 loss is rounding, and its logarithm would decide the score.
+SMALLEST_LOSS = 1e-7
+DRAWS = 1000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared with what: our methods, the reference that is tuned everywhere, and the batch sizes."""
+
+    ours: tuple[str, ...]
+    reference: str
+    tuning_batch_size: int
+    score_batch_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The records of a study as dense arrays; every method has the same number of learning rates."""
+
+    methods: tuple[str, ...]
+    labels: tuple[str, ...]
+    lr: Array  # (M, L), ascending
+    batch_sizes: tuple[int, ...]
+    seeds: tuple[int, ...]
+    examples: NDArray[np.int64]  # (T,)
+    train_loss: Array  # (M, L, B, S, T)
+    test_loss: Array  # (M, L, B, S, T)
+    test_accuracy: Array  # (M, L, B, S, T)
+    diverged: NDArray[np.bool_]  # (M, L, B, S)
+
+    def with_seeds(self, index: NDArray[np.int64]) -> Grid:
+        return dataclasses.replace(
+            self,
+            seeds=tuple(self.seeds[i] for i in index),
+            train_loss=self.train_loss[..., index, :],
+            test_loss=self.test_loss[..., index, :],
+            test_accuracy=self.test_accuracy[..., index, :],
+            diverged=self.diverged[..., index],
+        )
+
+
+@dataclass(frozen=True)
+class Measures:
+    """All that is claimed about the methods; the bootstrap gives each number its interval."""
+
+    curve_loss: Array  # (M, L)  final training loss at the tuning batch size
+    curve_score: Array  # (M, L)
+    score: Array  # (M,)  at the tuned lr, like all that follows
+    final_loss: Array  # (M,)
+    worst_loss: Array  # (M,)  the largest over B
+    test_accuracy: Array  # (M,)
+    accuracy_gap: Array  # (M,)  minus the reference's
+    targets: Array  # (2,)  the final losses at which methods are matched
+    matched_score: Array  # (M, 2)
+    ratio: Array  # (M, 2)  matched score over the best baseline's
+    regret: Array  # (M, B)
+    mean_regret: Array  # (M,)
+    test_regret: Array  # (M, B)
+    mean_test_regret: Array  # (M,)
+    regret_margin: Array  # (M,)  mean regret minus the best baseline's
+
+
+@dataclass(frozen=True)
+class Analysis:
+    grid: Grid
+    comparison: Comparison
+    point: Measures
+    low: Measures
+    high: Measures
+    reachable: Array  # (M, 2)  share of the bootstrap draws in which a method reaches the target
+    tuned: NDArray[np.int64]  # (M,)  index of the tuned lr
+    reference_tuned: NDArray[np.int64]  # (B,)  index of the reference's lr, tuned at each batch size
+    seed_floor: Array  # (M,)
+
+    @property
+    def baselines(self) -> list[int]:
+        return [i for i, name in enumerate(self.grid.methods) if name not in self.comparison.ours]
+
+    @property
+    def ours(self) -> list[int]:
+        return [self.grid.methods.index(name) for name in self.comparison.ours]
+
+    @property
+    def reference(self) -> int:
+        return self.grid.methods.index(self.comparison.reference)
+
+
+def arrange(records: Sequence[Record]) -> Grid:
+    """Sort records into a grid.
+
+    A run that diverged keeps what it recorded and counts as its initial model from there on, and no loss counts for
+    more than the initial model's: so a run that broke is neither dropped nor able to decide a mean by its size.
+
+    Raises ValueError if a cell of the grid has no record, or if methods have different numbers of learning rates.
+    """
+    methods = tuple(dict.fromkeys(record.method for record in records))
+    labels = {record.method: record.label for record in records}
+    rates = {name: sorted({record.lr for record in records if record.method == name}) for name in methods}
+    counts = {name: len(values) for name, values in rates.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"methods must have equal budgets, but their numbers of learning rates differ: {counts}")
+    batch_sizes = tuple(sorted({record.batch_size for record in records}))
+    seeds = tuple(sorted({record.seed for record in records}))
+    finished = [set(record.examples) for record in records if record.status == "finished"]
+    if not finished:
+        raise ValueError("every run diverged: lower the learning rates of the study")
+    examples = np.array(sorted(set.intersection(*finished)), dtype=np.int64)
+    if examples[0] != 0:
+        raise ValueError(f"records must begin with the initial model at 0 examples, not at {examples[0]}")
+
+    shape = (len(methods), len(next(iter(rates.values()))), len(batch_sizes), len(seeds))
+    train_loss, test_loss, test_accuracy = (np.full((*shape, len(examples)), np.nan) for _ in range(3))
+    diverged = np.zeros(shape, dtype=bool)
+    missing = np.ones(shape, dtype=bool)
+    for record in records:
+        cell = (
+            methods.index(record.method),
+            rates[record.method].index(record.lr),
+            batch_sizes.index(record.batch_size),
+            seeds.index(record.seed),
+        )
+        missing[cell] = False
+        diverged[cell] = record.status == "diverged"
+        train_loss[cell] = _on_common_counts(record.examples, record.train_loss, examples)
+        test_loss[cell] = _on_common_counts(record.examples, record.test_loss, examples)
+        test_accuracy[cell] = _on_common_counts(record.examples, record.test_accuracy, examples)
+    if missing.any():
+        m, rate, b, s = np.argwhere(missing)[0]
+        raise ValueError(
+            f"{missing.sum()} of {missing.size} runs have no record, among them {methods[m]} with "
+            f"lr {rates[methods[m]][rate]:g}, batch size {batch_sizes[b]}, seed {seeds[s]}: run the study to its end"
+        )
+    return Grid(
+        methods=methods,
+        labels=tuple(labels[name] for name in methods),
+        lr=np.array([rates[name] for name in methods]),
+        batch_sizes=batch_sizes,
+        seeds=seeds,
+        examples=examples,
+        train_loss=np.clip(train_loss, SMALLEST_LOSS, train_loss[..., :1]),
+        test_loss=np.clip(test_loss, SMALLEST_LOSS, test_loss[..., :1]),
+        test_accuracy=test_accuracy,
+        diverged=diverged,
+    )
+
+
+def _on_common_counts(counts: Sequence[int], values: Sequence[float], examples: NDArray[np.int64]) -> Array:
+    recorded = dict(zip(counts, values, strict=True))
+    column = np.array([recorded.get(int(count), np.nan) for count in examples])
+    return np.where(np.isfinite(column), column, recorded[0])
+
+
+def spread(loss: Array, axis: int) -> Array:
+    """Mean over checkpoints (the last axis) of the standard deviation of ln(loss) along ``axis``.
+
+    The deviation is the unbiased one (n - 1), so that five batch sizes and three seeds can be compared; one value has
+    no deviation, and gives nan.
+    """
+    count = loss.shape[axis]
+    if count < 2:
+        return np.full(np.delete(loss.shape, [axis % loss.ndim, loss.ndim - 1]), np.nan)
+    return np.log(loss).std(axis=axis, ddof=1).mean(axis=-1)
+
+
+def scores(grid: Grid, batch_sizes: Sequence[int]) -> Array:
+    """score = mean_T std_B ln(training loss), on checkpoints after 5% of the budget, mean over seeds: (M, L)."""
+    columns = [grid.batch_sizes.index(size) for size in batch_sizes]
+    late = grid.examples >= BURN_IN * grid.examples[-1]
+    return spread(grid.train_loss[:, :, columns][..., late], axis=2).mean(axis=-1)
+
+
+def seed_floors(grid: Grid, tuned: NDArray[np.int64], batch_sizes: Sequence[int]) -> Array:
+    """The score with seeds in place of batch sizes, at each method's tuned lr, mean over batch sizes: (M,)."""
+    columns = [grid.batch_sizes.index(size) for size in batch_sizes]
+    late = grid.examples >= BURN_IN * grid.examples[-1]
+    loss = grid.train_loss[np.arange(len(tuned)), tuned][:, columns][..., late]  # (M, B, S, T)
+    return spread(loss, axis=2).mean(axis=-1)
+
+
+def match(loss: Array, score: Array, tuned: int, target: float) -> float:
+    """Score at a final loss: linear interpolation in ln(loss) along the lr curve; nan where it is out of reach.
+
+    Only the branch of lr at and below the tuned one is used: above it a method reaches the same loss a second time,
+    by being unstable, and nobody would run it there.
+
+    Args:
+        loss, score: (L,) along ascending lr
+        tuned: index of the lr with the lowest loss
+        target: final loss at which to read the score
+    """
+    x, goal = np.log(loss), np.log(target)
+    if x[tuned] - MATCHING_TOLERANCE <= goal <= x[tuned]:
+        return float(score[tuned])
+    for i in range(tuned, 0, -1):
+        if x[i] <= goal <= x[i - 1]:
+            return float(np.interp(goal, [x[i], x[i - 1]], [score[i], score[i - 1]]))
+    return float("nan")
+
+
+def out_of_reach(analysis: Analysis, method: int, target: int) -> str:
+    """Why a method has no score at a target, in words; empty if it has one."""
+    point, tuned = analysis.point, analysis.tuned[method]
+    if np.isfinite(point.matched_score[method, target]):
+        return ""
+    branch, goal = point.curve_loss[method, : tuned + 1], point.targets[target]
+    if goal < branch[-1]:
+        return f"its lowest loss is {branch[-1]:.3g}, at its tuned lr"
+    return f"the loss at its smallest lr is {branch[0]:.3g}, still below the target"
+
+
+def measure(grid: Grid, comparison: Comparison) -> Measures:
+    """Everything in ``Measures``, for the seeds of this grid."""
+    every = np.arange(len(grid.methods))
+    home = grid.batch_sizes.index(comparison.tuning_batch_size)
+    reference = grid.methods.index(comparison.reference)
+    baselines = [i for i, name in enumerate(grid.methods) if name not in comparison.ours]
+
+    final_loss = grid.train_loss[..., -1].mean(axis=-1)  # (M, L, B)
+    final_test = grid.test_loss[..., -1].mean(axis=-1)  # (M, L, B)
+    accuracy = grid.test_accuracy[:, :, home, :, -1].mean(axis=-1)  # (M, L)
+    tuned = tune(grid, comparison)
+    curve_loss, curve_score = (final_loss[:, :, home], scores(grid, comparison.score_batch_sizes))
+
+    target = curve_loss[reference, tuned[reference]]
+    targets = np.array([target, 2 * target])
+    matched = np.array([[match(curve_loss[m], curve_score[m], tuned[m], goal) for goal in targets] for m in every])
+    best = np.array([_lowest(matched[baselines, i]) for i in range(len(targets))])
+
+    reference_tuned = tune_everywhere(grid, comparison)
+    each = np.arange(len(grid.batch_sizes))
+    regret = final_loss[every, tuned] - final_loss[reference, reference_tuned, each]  # (M, B)
+    test_regret = final_test[every, tuned] - final_test[reference, reference_tuned, each]  # (M, B)
+    mean_regret = regret.mean(axis=-1)
+    return Measures(
+        curve_loss=curve_loss,
+        curve_score=curve_score,
+        score=curve_score[every, tuned],
+        final_loss=curve_loss[every, tuned],
+        worst_loss=final_loss[every, tuned].max(axis=-1),
+        test_accuracy=accuracy[every, tuned],
+        accuracy_gap=accuracy[every, tuned] - accuracy[reference, tuned[reference]],
+        targets=targets,
+        matched_score=matched,
+        ratio=np.divide(matched, best, out=np.full_like(matched, np.nan), where=best > 0),
+        regret=regret,
+        mean_regret=mean_regret,
+        test_regret=test_regret,
+        mean_test_regret=test_regret.mean(axis=-1),
+        regret_margin=mean_regret - mean_regret[baselines].min(),
+    )
+
+
+def tune(grid: Grid, comparison: Comparison) -> NDArray[np.int64]:
+    """Index of the lr with the lowest mean final training loss at the tuning batch size: (M,)."""
+    home = grid.batch_sizes.index(comparison.tuning_batch_size)
+    return grid.train_loss[:, :, home, :, -1].mean(axis=-1).argmin(axis=1)
+
+
+def tune_everywhere(grid: Grid, comparison: Comparison) -> NDArray[np.int64]:
+    """Index of the reference method's best lr at each batch size separately: (B,)."""
+    reference = grid.methods.index(comparison.reference)
+    return grid.train_loss[reference, ..., -1].mean(axis=-1).argmin(axis=0)
+
+
+def _lowest(values: Array) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.min()) if finite.size else float("nan")
+
+
+def analyse(records: Sequence[Record], comparison: Comparison) -> Analysis:
+    """Measure, and repeat the whole procedure, tuning included, on resampled seeds: 95% percentile intervals.
+
+    Seeds are drawn jointly for all methods, since runs of one seed share their data order and their initial model.
+    """
+    grid = arrange(records)
+    random = np.random.default_rng(0)
+    draws = [
+        measure(grid.with_seeds(random.integers(len(grid.seeds), size=len(grid.seeds))), comparison)
+        for _ in range(DRAWS)
+    ]
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = ({}, {})
+    for field in dataclasses.fields(Measures):
+        values = np.stack([getattr(draw, field.name) for draw in draws])
+        low[field.name], high[field.name] = (_percentile(values, tail), _percentile(values, 100 - tail))
+    tuned = tune(grid, comparison)
+    return Analysis(
+        grid=grid,
+        comparison=comparison,
+        point=measure(grid, comparison),
+        low=Measures(**low),
+        high=Measures(**high),
+        reachable=np.mean([np.isfinite(draw.matched_score) for draw in draws], axis=0),
+        tuned=tuned,
+        reference_tuned=tune_everywhere(grid, comparison),
+        seed_floor=seed_floors(grid, tuned, comparison.score_batch_sizes),
+    )
+
+
+def _percentile(values: Array, percent: float) -> Array:
+    """Percentile over draws, among those that reach the target; nan where none does."""
+    never = ~np.isfinite(values).any(axis=0)
+    return np.where(never, np.nan, np.nanpercentile(np.where(never, 0.0, values), percent, axis=0))

@@ -1,0 +1,61 @@
+"""Small models without batch normalisation, which would mix the examples of a batch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import prod
+
+from torch import nn
+
+from experiments.config import ConvnetConfig, MLPConfig, ModelConfig, Normalisation
+from experiments.errors import UserError
+
+KERNEL = 3
+
+
+def build_model(config: ModelConfig, shape: tuple[int, ...], classes: int) -> nn.Module:
+    """A classifier of examples of this shape: (N, *shape) -> (N, classes).
+
+    Raises UserError if the model cannot take such examples.
+    """
+    match config:
+        case MLPConfig():
+            return mlp(config, shape, classes)
+        case ConvnetConfig():
+            return convnet(config, shape, classes)
+        case _:
+            raise UserError(f"model.name={config.name} is unknown: choose model=mlp or model=convnet")
+
+
+def mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Flatten()]
+    widths = [prod(shape), *config.widths]
+    for inputs, outputs in pairwise(widths):
+        layers.append(nn.Linear(inputs, outputs))
+        if config.normalisation is Normalisation.layer:
+            layers.append(nn.LayerNorm(outputs))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
+
+
+def convnet(config: ConvnetConfig, shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    if len(shape) != 3:
+        raise UserError(f"model=convnet needs images, and an example here has shape {shape}: choose model=mlp")
+    if min(shape[1:]) < 2 ** len(config.channels):
+        raise UserError(
+            f"model.channels={config.channels} halves the image {len(config.channels)} times, "
+            f"and it has {shape[1]} x {shape[2]} pixels: give fewer channels"
+        )
+    layers: list[nn.Module] = []
+    channels = [shape[0], *config.channels]
+    for inputs, outputs in pairwise(channels):
+        if outputs % config.groups:
+            raise UserError(f"model.groups={config.groups} does not divide {outputs}, one of model.channels")
+        layers += [
+            nn.Conv2d(inputs, outputs, KERNEL, padding="same"),
+            nn.GroupNorm(config.groups, outputs),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    height, width = (size >> len(config.channels) for size in shape[1:])
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * height * width, classes))

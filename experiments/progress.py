@@ -1,0 +1,83 @@
+"""One line for many runs in many processes: runs done, examples seen, loss, time left.
+
+The processes share a small file with one row a run, which each run overwrites and the parent reads a few times a
+second: nothing waits for anything.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+# Columns of a row: examples seen, examples in all, training loss, time of writing.
+COLUMNS = 4
+SECONDS_BETWEEN_READS = 0.25
+
+
+def note(board: Path, run: int, examples: int, total: int, loss: float) -> None:
+    """From any process: how far a run is."""
+    row = np.memmap(board, np.float64, "r+", offset=8 * COLUMNS * run, shape=COLUMNS)
+    row[:] = examples, total, loss, time.time()
+
+
+@contextmanager
+def progress_line(names: Sequence[str], costs: Sequence[float], before: int, console: Console) -> Iterator[Path]:
+    """Show the progress of runs with these names and relative costs, after a number of runs that were done before.
+
+    Yields the file for ``note``. Time left is the time since the start in proportion to the cost of what is left: the
+    runs at small batch sizes take most of the time, and come first.
+    """
+    columns = (
+        BarColumn(bar_width=24),
+        *(TextColumn("{task.fields[" + field + "]}") for field in ("runs", "examples", "latest", "left")),
+    )
+    with TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+        path = Path(folder) / "board"
+        board = np.memmap(path, np.float64, "w+", shape=(len(costs), COLUMNS))
+        task = progress.add_task("", total=sum(costs), runs="", examples="", latest="", left="")
+        start, stopped = time.time(), threading.Event()
+
+        def watch() -> None:
+            while not stopped.wait(SECONDS_BETWEEN_READS):
+                show(np.array(board), names, np.array(costs), before, time.time() - start, progress, task)
+            show(np.array(board), names, np.array(costs), before, time.time() - start, progress, task)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield path
+        finally:
+            stopped.set()
+            watcher.join()
+
+
+def show(
+    board: NDArray[np.float64],
+    names: Sequence[str],
+    costs: NDArray[np.float64],
+    before: int,
+    elapsed: float,
+    progress: Progress,
+    task: TaskID,
+) -> None:
+    examples, total, loss, written = board.T
+    share = np.divide(examples, total, out=np.zeros_like(total), where=total > 0)
+    done, latest = float(costs @ share), int(written.argmax())
+    left = elapsed * (costs.sum() - done) / done if done else 0.0
+    progress.update(
+        task,
+        completed=done,
+        runs=f"{before + int((share == 1).sum())}/{before + len(costs)} runs",
+        examples=f"{int(examples.sum()):,} examples",
+        latest=f"{names[latest]} loss {loss[latest]:.3f}" if done else "",
+        left=f"{int(left // 60)}:{int(left % 60):02} left" if done else "",
+    )

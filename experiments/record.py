@@ -1,0 +1,53 @@
+"""The result of one run: what studies and reports read, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from experiments.errors import UserError
+
+FILE = "record.json"
+
+
+@dataclass
+class Record:
+    """Losses are in nats per example, over the full training and test sets, in evaluation mode.
+
+    lr is the one at the batch size of tuning, before any scaling rule; seconds is the time spent in training,
+    evaluation included; fingerprint identifies everything in the configuration that decides the numbers.
+    """
+
+    method: str
+    label: str
+    lr: float
+    batch_size: int
+    seed: int
+    fingerprint: str
+    status: Literal["running", "finished", "diverged"] = "running"
+    examples: list[int] = field(default_factory=list)
+    train_loss: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def save(self, path: Path) -> None:
+        """Write atomically: a reader sees the old file or the new one, never half of one."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("w") as file:
+            json.dump(dataclasses.asdict(self), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Raises UserError if the file is missing, or is not a record."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is not a record of a run ({error}): delete it to run again") from error

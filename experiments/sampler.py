@@ -1,0 +1,52 @@
+"""The order of the examples: one for all batch sizes, and resumable from a single number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.errors import UserError
+
+
+class Sampler:
+    """One permutation of the training set an epoch, all of them concatenated and cut into batches.
+
+    Batches run across the ends of epochs, so the stream of examples is the same for every batch size. The permutation
+    of an epoch is a function of the seed and the epoch: position, the examples drawn so far, is the whole state.
+    """
+
+    def __init__(self, examples: int, batch_size: int, seed: int, device: torch.device) -> None:
+        if not 1 <= batch_size <= examples:
+            raise UserError(f"train.batch_size={batch_size} must be between 1 and the {examples} training examples")
+        self.examples = examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = device
+        self.position = 0
+
+    def until(self, stop: int) -> Iterator[Tensor]:
+        """Batches of indices (B,) from the position to stop examples, a multiple of the batch size."""
+        if self.position == stop:
+            return
+        stream = torch.from_numpy(self.stream(self.position, stop)).to(self.device)
+        # Views of one tensor: at batch size 1 a new tensor a step would show.
+        for indices in stream.split(self.batch_size):
+            self.position += self.batch_size
+            yield indices
+
+    def stream(self, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Indices of the examples from start to stop in the stream, (stop - start,)."""
+        first, last = start // self.examples, (stop - 1) // self.examples
+        permutations = [
+            np.random.default_rng([self.seed, epoch]).permutation(self.examples) for epoch in range(first, last + 1)
+        ]
+        return np.concatenate(permutations)[start - first * self.examples : stop - first * self.examples]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]

@@ -1,0 +1,257 @@
+"""Train one model on one data set: the loop, and the entry point of all experiments.
+
+python -m experiments.train experiment=digits optimizer=adam train.batch_size=64
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+import gradstats
+from experiments import checkpoint, record
+from experiments.config import CONF, Config, Device, as_config, check_ranges, is_lasting
+from experiments.data import Split, load_data
+from experiments.errors import Diverged, UserError, as_user_errors
+from experiments.measurements import Measurements
+from experiments.models import build_model
+from experiments.optimizers import build_optimizer, needs_statistics
+from experiments.record import Record
+from experiments.resume import previous_run, restore, save
+from experiments.sampler import Sampler
+from experiments.schedule import Schedule, budget, evaluation_counts, every
+from experiments.tracker import Value, how_to_look, open_tracker
+
+Report = Callable[[int, int, float], None]
+
+EVALUATION_BATCH = 4096
+
+
+def silent(examples_seen: int, total: int, loss: float) -> None:
+    """Reports nothing."""
+
+
+@as_user_errors()
+def train(config: Config, directory: Path, report: Report = silent) -> Record:
+    """One run; record, checkpoints and W&B files are written to the directory.
+
+    report(examples_seen, total, loss) is called wherever the host waits for the device, with the loss over the training
+    set where it is evaluated and the mean loss of the batches since the last call elsewhere. With config.resume a
+    finished run is returned as it is, and an unfinished one continued from its checkpoint, on the CPU bit for bit.
+
+    Raises UserError for what is wrong in the configuration, and Diverged, once a record with that status is saved,
+    when the loss or a parameter stops being finite.
+    """
+    check_ranges(config)
+    if (finished := previous_run(config, directory)) is not None:
+        return finished
+    directory.mkdir(parents=True, exist_ok=True)
+    device = prepare(config)
+    data = load_data(config.data, device)
+    x_train, y_train = data.train.x, data.train.y
+
+    B = config.train.batch_size
+    sampler = Sampler(len(data.train), B, config.seed, device)
+    total = budget(config.train.epochs, len(data.train), config.evaluation.multiple, B)
+    schedule = Schedule(config.train.warmup_examples, total, config.train.decay)
+    evaluations = evaluation_counts(total, config.evaluation.multiple, config.evaluation.count)
+    checkpoints = every(config.train.checkpoint_every_examples, B, total)
+    stops = sorted({*evaluations, *checkpoints, *every(config.train.log_every_examples, B, total)})
+
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, data.shape, data.classes).to(device)
+    statistics = attach_statistics(model, config)
+    parameters = list(model.parameters())
+    optimizer = build_optimizer(parameters, config.optimizer, B, config.train.max_norm)
+    peak_lr = optimizer.param_groups[0]["lr"]
+    gradient_limit = None if needs_statistics(config.optimizer) else config.train.max_norm
+    measurements = Measurements(model, statistics, config.tracker.detail)
+    forward = torch.compile(model) if config.hardware.compile else model
+    precision = torch.autocast(device.type, torch.bfloat16) if config.hardware.bf16 else nullcontext()
+
+    parts = {"model": model, "optimizer": optimizer, "sampler": sampler, "measurements": measurements}
+    result, run_id = restore(config, directory, parts, device)
+    if sampler.position > 0:
+        stops = [stop for stop in stops if stop > sampler.position]
+
+    with open_tracker(config, directory, run_id) as tracker:
+        started = time.perf_counter() - result.seconds
+        for stop in stops:
+            start, clock = sampler.position, time.perf_counter()
+            losses: list[Tensor] = []  # on the device, which is not waited for before the stop
+            values: dict[str, Value] = {}
+            for indices in sampler.until(stop):
+                x, y = x_train.index_select(0, indices), y_train.index_select(0, indices)
+                for p in parameters:
+                    p.grad = None
+                with precision:
+                    loss = F.cross_entropy(forward(x), y)
+                loss.backward()
+                losses.append(loss.detach())
+                if sampler.position == stop:
+                    values = measurements.read(B)
+                if gradient_limit is not None:
+                    nn.utils.clip_grad_norm_(parameters, gradient_limit)
+                optimizer.param_groups[0]["lr"] = peak_lr * schedule.mean(sampler.position - B, sampler.position)
+                optimizer.step()
+
+            # The last one tells whether the last step kept the parameters finite.
+            observed = torch.stack([*losses, nn.utils.get_total_norm(parameters)]).tolist()
+            latest = sum(observed[:-1]) / max(len(losses), 1)
+            if losses:
+                speed = (stop - start) / (time.perf_counter() - clock)
+                values |= {"loss/batch": latest, "speed/examples_per_second": speed}
+                values["optimizer/lr"] = optimizer.param_groups[0]["lr"]
+            if stop in evaluations:
+                train_loss, train_accuracy = evaluate(model, data.train, precision)
+                test_loss, test_accuracy = evaluate(model, data.test, precision)
+                values |= {"loss/train": train_loss, "loss/test": test_loss}
+                values |= {"accuracy/train": train_accuracy, "accuracy/test": test_accuracy}
+                observed += [train_loss, test_loss]
+                latest = train_loss
+            result.seconds = time.perf_counter() - started
+
+            if not all(map(math.isfinite, observed)):
+                raise diverged(observed[: len(losses)], start, sampler, result, directory)
+            if stop in evaluations:
+                result.examples.append(stop)
+                result.train_loss.append(train_loss)
+                result.test_loss.append(test_loss)
+                result.test_accuracy.append(test_accuracy)
+            tracker.log(stop, values)
+            report(stop, total, latest)
+            if stop in checkpoints:
+                save(config, directory, parts, device, result, tracker.run_id)
+
+    result.status = "finished"
+    result.save(directory / record.FILE)
+    return result
+
+
+def prepare(config: Config) -> torch.device:
+    """Settings of the process, and the device."""
+    torch.set_num_threads(config.hardware.threads)
+    torch.set_float32_matmul_precision("high" if config.hardware.tf32 else "highest")
+    available = torch.cuda.is_available()
+    if config.device is Device.cuda and not available:
+        raise UserError("device=cuda, but torch sees no GPU here: use device=cpu or device=auto")
+    return torch.device("cuda" if available and config.device is not Device.cpu else "cpu")
+
+
+def attach_statistics(model: nn.Module, config: Config) -> gradstats.Handle | None:
+    """What the optimizer needs, and what the detailed panels show; torch's own optimizers alone get a plain model."""
+    detail = config.tracker.detail
+    if not detail and not needs_statistics(config.optimizer):
+        return None
+    return gradstats.attach(model, "second_moment", *(["norms"] if detail else []), engine=config.engine.name)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split, precision: AbstractContextManager[Any]) -> tuple[float, float]:
+    """Mean loss, in nats, and accuracy over all examples."""
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=split.x.device)
+    for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
+        with precision:
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y, reduction="sum")
+        sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
+    model.train()
+    loss, accuracy = (sums / len(split)).tolist()
+    return loss, accuracy
+
+
+def diverged(losses: Sequence[float], start: int, sampler: Sampler, result: Record, directory: Path) -> Diverged:
+    """Saves the record. The step is the first with a loss that is not finite, or else the last one taken."""
+    B = sampler.batch_size
+    index = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses) - 1)
+    first = start + index * B
+    result.status = "diverged"
+    result.save(directory / record.FILE)
+    return Diverged(first // B + 1, sampler.stream(first, first + B).tolist(), checkpoint.find(directory))
+
+
+@contextmanager
+def progress_bar(name: str, shown: bool) -> Iterator[Report]:
+    """A bar on stderr, if that is a terminal; what the report function does is move it."""
+    columns = (
+        TextColumn(name),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} examples, loss {task.fields[loss]:.4f},"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task(name, visible=False)
+
+        def report(examples_seen: int, total: int, loss: float) -> None:
+            bar.update(task, completed=examples_seen, total=total, loss=loss, visible=True)
+
+        yield report
+
+
+def run(config: Config, directory: Path, shown: bool) -> None:
+    """A single run, with a bar while it lasts and its result at the end."""
+    if config.resume and previous_run(config, directory) is not None:
+        print(f"{directory} holds this run, finished", file=sys.stderr)
+    elif config.resume and checkpoint.find(directory) is None:
+        print(f"nothing to resume in {directory} yet: starting from the beginning", file=sys.stderr)
+    with progress_bar(config.name, shown) as report:
+        result = train(config, directory, report)
+    print(
+        f"{result.label}, B = {result.batch_size}: {result.examples[-1]:,} examples in {result.seconds:.1f} s, "
+        f"training loss {result.train_loss[-1]:.4f}, test loss {result.test_loss[-1]:.4f}, "
+        f"test accuracy {result.test_accuracy[-1]:.1%}\nwritten to {directory}"
+    )
+    if (hint := how_to_look(directory)) is not None:
+        print(hint)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(composed: DictConfig) -> None:
+    multirun = HydraConfig.get().mode is RunMode.MULTIRUN
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        with as_user_errors():
+            config = as_config(composed)
+        if config.resume and not is_lasting(composed):
+            raise UserError("resume=true needs directory=PATH, the directory of the run to continue")
+        if config.study is not None:
+            from experiments.study import run_study  # which trains, and so imports this module
+
+            run_study(config, directory)
+        else:
+            run(config, directory, shown=not multirun)
+    except UserError as error:
+        if multirun:
+            # Hydra lets the other runs end first, and prints this kind without a traceback.
+            raise CompactHydraException(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command with resume=true directory={directory} continues", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    # By its importable name: the processes of a parallel sweep could not import the function from __main__.
+    from experiments import train as importable
+
+    importable.main()

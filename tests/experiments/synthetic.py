@@ -1,0 +1,56 @@
+"""Records of an imaginary study, whose losses are known in closed form."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experiments.invariance import Comparison
+from experiments.record import Record
+
+BATCH_SIZES = (1, 4, 16, 64, 256)
+EXAMPLES = [0, *np.unique(np.geomspace(1, 128, 20).astype(int) * 256).tolist()]
+COMPARISON = Comparison(
+    ours=("ours", "ours_r1"), reference="adam", tuning_batch_size=16, score_batch_sizes=(1, 4, 16, 64)
+)
+# How much a method's loss moves with ln(batch size / 16): zero is invariance.
+SENSITIVITY = {"ours": 0.01, "ours_r1": 0.015, "adam": 0.5, "square_root": 0.12, "sgd": 0.03}
+SLOWNESS = {"sgd": 0.6}
+
+
+def record(method: str, batch_size: int, train_loss: list[float], *, lr: float = 1e-3, seed: int = 0) -> Record:
+    counts = [256 * i for i in range(len(train_loss))]
+    return Record(
+        method=method,
+        label=method,
+        lr=lr,
+        batch_size=batch_size,
+        seed=seed,
+        fingerprint=f"{method}-{batch_size}-{lr}-{seed}",
+        status="finished",
+        examples=counts,
+        train_loss=train_loss,
+        test_loss=[1.5 * loss for loss in train_loss],
+        test_accuracy=[float(np.exp(-loss)) for loss in train_loss],
+    )
+
+
+def study(*, seeds: int = 3, batch_sizes: tuple[int, ...] = BATCH_SIZES) -> list[Record]:
+    """Power-law curves ln 10 (1 + n / 512)^-rate, times the method's response to the batch size."""
+    records = []
+    for method, sensitivity in SENSITIVITY.items():
+        for multiplier in (0.125, 0.25, 0.5, 1.0, 2.0):
+            rate = 1.1 * (1 - 0.08 * np.log2(multiplier) ** 2) * SLOWNESS.get(method, 1.0)
+            for batch_size in batch_sizes:
+                for seed in range(seeds):
+                    random = np.random.default_rng([seed, len(method)])
+                    noise = 0.01 * random.normal(size=len(EXAMPLES))
+                    steps = sensitivity * np.log(batch_size / 16) * multiplier
+                    curve = [
+                        float(np.log(10) * (1 + n / 512) ** -rate * np.exp(min(n / 4096, 1) * (abs(steps) + e)))
+                        for n, e in zip(EXAMPLES, noise, strict=True)
+                    ]
+                    result = record(method, batch_size, curve, lr=1e-3 * multiplier, seed=seed)
+                    result.label = method.replace("_", " ").capitalize()
+                    result.examples = EXAMPLES
+                    records.append(result)
+    return records

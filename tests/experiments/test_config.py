@@ -1,0 +1,94 @@
+"""Every file of conf/ composes, and what it describes can be built."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.config import (
+    CONF,
+    Device,
+    as_dict,
+    check_ranges,
+    compose_config,
+    fingerprint,
+    first_difference,
+    identity,
+)
+from experiments.data import load_data
+from experiments.errors import UserError
+from experiments.models import build_model
+from experiments.optimizers import build_optimizer
+from experiments.study import read_study
+from experiments.tracker import TRACKERS
+from experiments.train import attach_statistics
+
+FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_composes_and_can_be_built(file: Path) -> None:
+    own_data = ["data.path=own.npz"] if file.parts == ("data", "npz") else []
+    config = compose_config([f"{file.parent}={file.name}", *own_data])
+    check_ranges(config)
+    data = load_data(compose_config([]).data if own_data else config.data, torch.device("cpu"))
+    model = build_model(config.model, data.shape, data.classes)
+    statistics = attach_statistics(model, config)
+    build_optimizer(model.parameters(), config.optimizer, config.train.batch_size, config.train.max_norm)
+    assert config.tracker.name in TRACKERS
+    assert (statistics is not None) == config.optimizer.name.startswith("batch_invariant")
+    if config.study is not None:
+        read_study(config)
+
+
+def test_the_defaults_are_a_run_of_the_digits() -> None:
+    config = compose_config([])
+    assert (config.data.name, config.model.name, config.optimizer.name) == ("digits", "mlp", "batch_invariant_adam")
+    assert config.device is Device.auto and config.directory.startswith("outputs/run/20")
+    assert compose_config(["name=mine"]).directory.startswith("outputs/mine/")
+
+
+def test_methods_of_one_family_share_their_tuned_values() -> None:
+    first, *others = (
+        compose_config([f"optimizer={name}"]).optimizer
+        for name in ("adam", "adam_linear", "adam_square_root", "adam_half_life", "batch_invariant_adam")
+    )
+    for other in others:
+        same = dataclasses.replace(first, name=other.name, label=other.label)
+        assert dataclasses.asdict(same).items() <= dataclasses.asdict(other).items()
+
+
+def test_fingerprint_is_of_what_decides_the_numbers() -> None:
+    base = compose_config([])
+    assert fingerprint(base) == fingerprint(compose_config([]))
+    same = ["name=other", "directory=elsewhere", "resume=true", "tracker=none"]
+    assert all(fingerprint(compose_config([change])) == fingerprint(base) for change in same)
+    others = ["seed=1", "optimizer=adam", "train.batch_size=64", "hardware.threads=2", "data.split_seed=1"]
+    assert len({fingerprint(compose_config([change])) for change in [*others, "seed=0"]}) == len(others) + 1
+
+
+def test_first_difference_is_in_dotted_form() -> None:
+    old, new = identity(compose_config([])), identity(compose_config(["train.batch_size=4", "model.widths=[64]"]))
+    assert first_difference(old, new) == "model.widths was [128] and is now [64]"
+    assert first_difference(old, old) is None
+    assert first_difference(old, identity(compose_config(["optimizer=sgd_linear"]))) is not None
+    del old["model"]["widths"]
+    assert first_difference(old, new) == "model.widths was absent and is now [64]"
+
+
+def test_as_dict_is_plain() -> None:
+    plain = as_dict(compose_config([]))
+    assert plain["device"] == "auto" and type(plain["device"]) is str
+    assert plain["optimizer"]["betas"] == [0.9, 0.999]
+
+
+@pytest.mark.parametrize("override", ["train.epochs=-1", "train.max_norm=0", "optimizer.lr=0", "evaluation.multiple=0"])
+def test_numbers_out_of_range_are_named(override: str) -> None:
+    key, value = override.split("=")
+    with pytest.raises(UserError, match=f"{key}={value}.* must be positive"):
+        check_ranges(compose_config([override]))
+    with pytest.raises(UserError, match="seed=-1"):
+        check_ranges(dataclasses.replace(compose_config([]), seed=-1))
