@@ -80,6 +80,7 @@ class ModelConfig:
 class MLPConfig(ModelConfig):
     widths: list[int] = MISSING
     normalisation: Normalisation = MISSING
+    dropout: float = MISSING
 
 
 @dataclass

@@ -28,6 +28,8 @@ def build_model(config: ModelConfig, shape: tuple[int, ...], classes: int) -> nn
 
 
 def mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> nn.Sequential:
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"model.dropout={config.dropout} must be at least 0 and less than 1")
     layers: list[nn.Module] = [nn.Flatten()]
     widths = [prod(shape), *config.widths]
     for inputs, outputs in pairwise(widths):
@@ -35,6 +37,8 @@ def mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> nn.Sequentia
         if config.normalisation is Normalisation.layer:
             layers.append(nn.LayerNorm(outputs))
         layers.append(nn.ReLU())
+        if config.dropout > 0:
+            layers.append(nn.Dropout(config.dropout))
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
 

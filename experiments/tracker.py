@@ -94,7 +94,8 @@ class WandbTracker:
             id=self.run_id,
             resume="allow",
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off"),
+            # Listing the installed packages takes longer than a short run's own logging.
+            settings=wandb.Settings(silent=True, console="off", x_save_requirements=False),
         )
         self.run_id = self._run.id
         self._run.define_metric(AXIS)

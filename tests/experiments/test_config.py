@@ -71,18 +71,18 @@ def test_fingerprint_is_of_what_decides_the_numbers() -> None:
 
 
 def test_first_difference_is_in_dotted_form() -> None:
-    old, new = identity(compose_config([])), identity(compose_config(["train.batch_size=4", "model.widths=[64]"]))
-    assert first_difference(old, new) == "model.widths was [128] and is now [64]"
+    old, new = identity(compose_config([])), identity(compose_config(["train.batch_size=4", "model.widths=[32]"]))
+    assert first_difference(old, new) == "model.widths was [64] and is now [32]"
     assert first_difference(old, old) is None
     assert first_difference(old, identity(compose_config(["optimizer=sgd_linear"]))) is not None
     del old["model"]["widths"]
-    assert first_difference(old, new) == "model.widths was absent and is now [64]"
+    assert first_difference(old, new) == "model.widths was absent and is now [32]"
 
 
 def test_as_dict_is_plain() -> None:
     plain = as_dict(compose_config([]))
     assert plain["device"] == "auto" and type(plain["device"]) is str
-    assert plain["optimizer"]["betas"] == [0.9, 0.999]
+    assert plain["optimizer"]["betas"] == [0.99, 0.999]
 
 
 @pytest.mark.parametrize("override", ["train.epochs=-1", "train.max_norm=0", "optimizer.lr=0", "evaluation.multiple=0"])
