@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full lint results clean
+.PHONY: setup demo test test-full lint clean
 
 setup: .venv/.installed
 

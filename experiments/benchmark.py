@@ -1,10 +1,10 @@
-"""The price of the statistics: forward and backward with them, as a ratio to the plain step, side by side in one process.
+"""The price of the statistics: forward and backward with them, as a ratio to the plain step, in one process.
 
-python -m experiments.benchmark                     both workloads, prints the table and writes outputs/benchmark.json
+python -m experiments.benchmark                     all workloads, prints the table and writes outputs/benchmark.json
 python -m experiments.benchmark --steps 50 mlp      one workload, more steps
 
-Contestants alternate step by step, so that a change of the machine's speed meets all of them alike; a ratio is taken pair
-by pair, and its median and quartiles are shown.
+Contestants alternate step by step, so that a change of the machine's speed meets all of them alike; a ratio is taken
+pair by pair, and its median and quartiles are shown.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def measure(name: str, steps: int, warmup: int = 3) -> list[Measurement]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []], help="default: all")
+    parser.add_argument("workload", nargs="?", choices=[*WORKLOADS, "all"], default="all")
     parser.add_argument("--steps", type=int, default=20, help="measured steps of each contestant")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.json"))
@@ -113,7 +113,8 @@ def main() -> None:
     if arguments.steps < 2:
         parser.error("--steps: quartiles need at least 2")
     torch.set_num_threads(arguments.threads)
-    found = [m for name in arguments.workloads or WORKLOADS for m in measure(name, arguments.steps)]
+    names = WORKLOADS if arguments.workload == "all" else [arguments.workload]
+    found = [m for name in names for m in measure(name, arguments.steps)]
 
     table = Table("workload", "statistics", "plain ms", "attached ms", "ratio", "quartiles")
     for m in found:
@@ -128,7 +129,9 @@ def main() -> None:
         "gradstats": gradstats.__version__,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"machine": machine, "results": [asdict(m) for m in found]}, indent=2) + "\n")
+    arguments.output.write_text(
+        json.dumps({"machine": machine, "results": [asdict(m) for m in found]}, indent=2) + "\n"
+    )
     print(f"written: {arguments.output}")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from experiments.atomic import atomic_write
 from experiments.errors import UserError
 
 FILE = "checkpoint.pt"
@@ -17,18 +17,9 @@ PREVIOUS = "checkpoint.previous.pt"
 
 def save(directory: Path, state: dict[str, Any]) -> Path:
     """Write the state; a process killed at any moment leaves this checkpoint or the previous one whole."""
-    path, previous = directory / FILE, directory / PREVIOUS
-    temporary = directory / f".{FILE}.{os.getpid()}"
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = directory / FILE
+    with atomic_write(path, previous=directory / PREVIOUS) as file:
+        torch.save(state, file)
     return path
 
 

@@ -157,6 +157,22 @@ class EvaluationConfig:
 
 
 @dataclass
+class StudyConfig:
+    """Every method runs with the same number of learning rates: lr_multipliers times its own default."""
+
+    note: str = MISSING
+    ours: list[str] = MISSING
+    baselines: list[str] = MISSING
+    reference: str = MISSING
+    tuning_batch_size: int = MISSING
+    lr_multipliers: list[float] = MISSING
+    batch_sizes: list[int] = MISSING
+    score_batch_sizes: list[int] = MISSING
+    seeds: list[int] = MISSING
+    workers: int | None = MISSING
+
+
+@dataclass
 class Config:
     name: str = MISSING
     directory: str = MISSING
@@ -171,7 +187,7 @@ class Config:
     hardware: HardwareConfig = MISSING
     train: TrainConfig = MISSING
     evaluation: EvaluationConfig = MISSING
-    study: Any = None  # StudyConfig, checked by experiments.study, which imports this module
+    study: StudyConfig | None = None
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,20 @@ def as_user_errors() -> Iterator[None]:
         raise UserError(f"gradstats: {error}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {error}") from error
+
+
+@contextmanager
+def command_line(interrupted: str = "interrupted") -> Iterator[None]:
+    """Around the body of a main: one message on stderr, and exit code 2; 130 after Ctrl-C, as of a shell."""
+    try:
+        with as_user_errors():
+            yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def choose(table: Mapping[str, Choice], name: str, key: str) -> Choice:

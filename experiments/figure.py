@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from itertools import cycle, product
 from typing import Any
 
 import matplotlib
@@ -15,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from experiments.invariance import Analysis
+from experiments.invariance import Analysis, best_baseline
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ DARK = Theme(
     ours=("#4aa8ff", "#a5d8ff"),
     baselines=("#f0b429", "#ff7b54", "#e59bc4", "#3ecf9b", "#c9a66b"),
 )
-MARKERS = ("s", "^", "v", "D", "P")
+# Seven markers to five colours, three to two: many more methods than a legend holds until a pair comes again.
+MARKERS_OF_OURS = ("o", "h", "p")
+MARKERS_OF_BASELINES = ("s", "^", "v", "D", "P", "<", ">")
 
 
 def draw(analysis: Analysis, theme: Theme = LIGHT) -> Figure:
@@ -114,16 +117,6 @@ def image(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def best_baseline(analysis: Analysis) -> int:
-    """The baseline, if possible not the reference, with the lowest score at the reference's final loss.
-
-    A baseline that reaches twice that loss only comes after those that reach the loss itself.
-    """
-    others = [m for m in analysis.baselines if m != analysis.reference] or [analysis.reference]
-    near, far = np.where(np.isfinite(analysis.point.matched_score), analysis.point.matched_score, np.inf).T
-    return min(others, key=lambda m: (near[m], far[m], analysis.point.score[m]))
-
-
 def _learning_curves(axes: Axes, analysis: Analysis, method: int, theme: Theme) -> None:
     grid = analysis.grid
     late = grid.examples > 0
@@ -170,11 +163,8 @@ def _score_against_loss(axes: Axes, analysis: Analysis, theme: Theme) -> None:
         front = 3 if method in analysis.ours else 2
         axes.plot(loss, score, color=colour, marker=marker, markersize=3, linewidth=1.2, zorder=front)
         axes.plot(loss[tuned], score[tuned], color=colour, marker=marker, markersize=7.5, zorder=front)
-    for target, text, side in zip(point.targets, ("Adam's loss ", " twice that"), ("right", "left"), strict=True):
+    for target in point.targets:
         axes.axvline(target, color=theme.faint, linewidth=0.8, linestyle=":", zorder=1)
-        axes.annotate(
-            text, (target, 1), xycoords=("data", "axes fraction"), ha=side, va="bottom", color=theme.faint, fontsize=7.5
-        )
     floor = analysis.seed_floor[analysis.ours[0]]
     if np.isfinite(floor):
         axes.axhline(floor, color=theme.faint, linewidth=0.8, linestyle="--", zorder=1)
@@ -190,9 +180,12 @@ def _score_against_loss(axes: Axes, analysis: Analysis, theme: Theme) -> None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel(f"final training loss at B = {analysis.comparison.tuning_batch_size}")
+    axes.set_xlabel(
+        f"final training loss at B = {analysis.comparison.tuning_batch_size}\n"
+        f"(dotted: that of {analysis.reference_label}, and twice that)"
+    )
     axes.set_ylabel("score (0 is invariant)")
-    axes.set_title("Score along the lr grid", pad=14)
+    axes.set_title("Score along the lr grid")
     _plain_log_ticks(axes)
 
 
@@ -220,8 +213,8 @@ def _regret_over_batch_size(axes: Axes, analysis: Analysis, theme: Theme) -> Non
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("batch size B")
-    axes.set_ylabel("loss minus that of Adam tuned at B")
-    axes.set_title("Transfer regret", pad=14)
+    axes.set_ylabel(f"loss minus that of\n{analysis.reference_label}, tuned at B")
+    axes.set_title("Transfer regret")
 
 
 def _method_legend(axes: Axes, analysis: Analysis, theme: Theme) -> None:
@@ -243,8 +236,10 @@ def _appearance(analysis: Analysis, theme: Theme) -> list[tuple[str, str]]:
     """Colour and marker of each method."""
     others = [m for m in analysis.baselines if m != analysis.reference]
     table = {analysis.reference: (theme.reference, "X")}
-    table |= {m: (colour, "o") for m, colour in zip(analysis.ours, theme.ours, strict=False)}
-    table |= {m: (colour, marker) for m, colour, marker in zip(others, theme.baselines, MARKERS, strict=False)}
+    of_ours = cycle((colour, marker) for marker, colour in product(MARKERS_OF_OURS, theme.ours))
+    of_baselines = zip(cycle(theme.baselines), cycle(MARKERS_OF_BASELINES), strict=True)
+    table |= dict(zip(analysis.ours, of_ours, strict=False))
+    table |= dict(zip(others, of_baselines, strict=False))
     return [table[m] for m in range(len(analysis.grid.methods))]
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from experiments.invariance import Analysis, out_of_reach
+from experiments.invariance import Analysis, lowest, out_of_reach
 
 Verdict = Literal["holds", "does not hold", "cannot be judged"]
 
@@ -75,13 +75,15 @@ def findings(analysis: Analysis) -> list[Finding]:
 
 def _matched_score(analysis: Analysis, method: int, target: int) -> Finding:
     label, loss = analysis.grid.labels[method], analysis.point.targets[target]
-    bar = f"{label}: score at most a third of the best baseline's, at {['', 'twice '][target]}the loss of tuned Adam"
+    twice = "twice " if target else ""
+    bar = (
+        f"{label}: score at most a third of the best baseline's, at {twice}the final loss of {analysis.reference_label}"
+    )
     if reason := out_of_reach(analysis, method, target):
         return Finding(bar, "cannot be judged", f"It does not reach a final loss of {loss:.3g}: {reason}.")
-    scores = analysis.point.matched_score[analysis.baselines, target]
-    if not np.isfinite(scores).any():
+    best = lowest(analysis.point.matched_score[:, target], analysis.baselines)
+    if best is None:
         return Finding(bar, "cannot be judged", f"No baseline reaches a final loss of {loss:.3g}.")
-    best = analysis.baselines[int(np.nanargmin(scores))]
     ratio = estimate(analysis, "ratio", method, target, percent=True)
     sentence = (
         f"Over B in {_set(analysis.comparison.score_batch_sizes)}, at a final loss of {loss:.3g}, its score is "
@@ -96,7 +98,7 @@ def _matched_score(analysis: Analysis, method: int, target: int) -> Finding:
 
 def _regret(analysis: Analysis, method: int) -> Finding:
     point, labels = analysis.point, analysis.grid.labels
-    best = min(analysis.baselines, key=lambda m: point.mean_regret[m])
+    best = analysis.baselines[int(point.mean_regret[analysis.baselines].argmin())]
     margin = estimate(analysis, "regret_margin", method)
     sentence = (
         f"Over B in {_set(analysis.grid.batch_sizes)} its mean transfer regret is "
@@ -109,14 +111,14 @@ def _regret(analysis: Analysis, method: int) -> Finding:
 
 
 def _accuracy(analysis: Analysis, method: int) -> Finding:
-    labels, reference = analysis.grid.labels, analysis.reference
+    label = analysis.grid.labels[method]
     gap = estimate(analysis, "accuracy_gap", method, percent=True)
     sentence = (
         f"At B = {analysis.comparison.tuning_batch_size} its test accuracy is "
-        f"{estimate(analysis, 'test_accuracy', method, percent=True)}%, and that of {labels[reference]} is "
-        f"{estimate(analysis, 'test_accuracy', reference, percent=True)}%: a difference of {gap} points."
+        f"{estimate(analysis, 'test_accuracy', method, percent=True)}%, and that of {analysis.reference_label} is "
+        f"{estimate(analysis, 'test_accuracy', analysis.reference, percent=True)}%: a difference of {gap} points."
     )
-    bar = f"{labels[method]}: test accuracy within 1 point of tuned Adam's"
+    bar = f"{label}: test accuracy within 1 point of that of {analysis.reference_label}"
     return Finding(bar, _verdict(gap.value >= -LARGEST_ACCURACY_GAP), sentence + _beyond(gap, -LARGEST_ACCURACY_GAP))
 
 
@@ -142,7 +144,7 @@ def _notes(analysis: Analysis) -> list[Finding]:
         size for size, rate in zip(grid.batch_sizes, analysis.reference_tuned, strict=True) if rate in (0, last)
     ]:
         notes.append(
-            f"The reference, {grid.labels[analysis.reference]} tuned at each batch size, has its best lr at an edge of "
+            f"The reference, {analysis.reference_label} tuned at each batch size, has its best lr at an edge of "
             f"the grid at B in {_set(sizes)}: transfer regret may be underestimated there."
         )
     return [Finding("", None, note) for note in notes]

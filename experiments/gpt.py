@@ -1,4 +1,4 @@
-"""A GPT as small as the benchmark and the text experiments want it: pre-norm blocks, learned positions, an untied head."""
+"""A GPT as small as the benchmark wants it: pre-norm blocks, learned positions, an untied head."""
 
 from __future__ import annotations
 

@@ -36,6 +36,20 @@ class Comparison:
     tuning_batch_size: int
     score_batch_sizes: tuple[int, ...]
 
+    def tuning_in(self, grid: Grid) -> int:
+        """Index of the batch size of tuning."""
+        return grid.batch_sizes.index(self.tuning_batch_size)
+
+    def ours_in(self, grid: Grid) -> list[int]:
+        return [grid.methods.index(name) for name in self.ours]
+
+    def reference_in(self, grid: Grid) -> int:
+        return grid.methods.index(self.reference)
+
+    def baselines_in(self, grid: Grid) -> list[int]:
+        """The reference is one of them."""
+        return [i for i, name in enumerate(grid.methods) if name not in self.ours]
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -51,6 +65,14 @@ class Grid:
     test_loss: Array  # (M, L, B, S, T)
     test_accuracy: Array  # (M, L, B, S, T)
     diverged: NDArray[np.bool_]  # (M, L, B, S)
+
+    @property
+    def late(self) -> NDArray[np.bool_]:
+        """The checkpoints that count for scores: (T,)."""
+        return self.examples >= BURN_IN * self.examples[-1]
+
+    def columns(self, batch_sizes: Sequence[int]) -> list[int]:
+        return [self.batch_sizes.index(size) for size in batch_sizes]
 
     def with_seeds(self, index: NDArray[np.int64]) -> Grid:
         return dataclasses.replace(
@@ -98,15 +120,19 @@ class Analysis:
 
     @property
     def baselines(self) -> list[int]:
-        return [i for i, name in enumerate(self.grid.methods) if name not in self.comparison.ours]
+        return self.comparison.baselines_in(self.grid)
 
     @property
     def ours(self) -> list[int]:
-        return [self.grid.methods.index(name) for name in self.comparison.ours]
+        return self.comparison.ours_in(self.grid)
 
     @property
     def reference(self) -> int:
-        return self.grid.methods.index(self.comparison.reference)
+        return self.comparison.reference_in(self.grid)
+
+    @property
+    def reference_label(self) -> str:
+        return self.grid.labels[self.reference]
 
 
 def arrange(records: Sequence[Record]) -> Grid:
@@ -188,16 +214,12 @@ def spread(loss: Array, axis: int) -> Array:
 
 def scores(grid: Grid, batch_sizes: Sequence[int]) -> Array:
     """score = mean_T std_B ln(training loss), on checkpoints after 5% of the budget, mean over seeds: (M, L)."""
-    columns = [grid.batch_sizes.index(size) for size in batch_sizes]
-    late = grid.examples >= BURN_IN * grid.examples[-1]
-    return spread(grid.train_loss[:, :, columns][..., late], axis=2).mean(axis=-1)
+    return spread(grid.train_loss[:, :, grid.columns(batch_sizes)][..., grid.late], axis=2).mean(axis=-1)
 
 
 def seed_floors(grid: Grid, tuned: NDArray[np.int64], batch_sizes: Sequence[int]) -> Array:
     """The score with seeds in place of batch sizes, at each method's tuned lr, mean over batch sizes: (M,)."""
-    columns = [grid.batch_sizes.index(size) for size in batch_sizes]
-    late = grid.examples >= BURN_IN * grid.examples[-1]
-    loss = grid.train_loss[np.arange(len(tuned)), tuned][:, columns][..., late]  # (M, B, S, T)
+    loss = grid.train_loss[np.arange(len(tuned)), tuned][:, grid.columns(batch_sizes)][..., grid.late]  # (M, B, S, T)
     return spread(loss, axis=2).mean(axis=-1)
 
 
@@ -235,9 +257,8 @@ def out_of_reach(analysis: Analysis, method: int, target: int) -> str:
 def measure(grid: Grid, comparison: Comparison) -> Measures:
     """Everything in ``Measures``, for the seeds of this grid."""
     every = np.arange(len(grid.methods))
-    home = grid.batch_sizes.index(comparison.tuning_batch_size)
-    reference = grid.methods.index(comparison.reference)
-    baselines = [i for i, name in enumerate(grid.methods) if name not in comparison.ours]
+    home = comparison.tuning_in(grid)
+    reference, baselines = comparison.reference_in(grid), comparison.baselines_in(grid)
 
     final_loss = grid.train_loss[..., -1].mean(axis=-1)  # (M, L, B)
     final_test = grid.test_loss[..., -1].mean(axis=-1)  # (M, L, B)
@@ -248,7 +269,8 @@ def measure(grid: Grid, comparison: Comparison) -> Measures:
     target = curve_loss[reference, tuned[reference]]
     targets = np.array([target, 2 * target])
     matched = np.array([[match(curve_loss[m], curve_score[m], tuned[m], goal) for goal in targets] for m in every])
-    best = np.array([_lowest(matched[baselines, i]) for i in range(len(targets))])
+    best = [lowest(matched[:, i], baselines) for i in range(len(targets))]
+    best_score = np.array([np.nan if m is None else matched[m, i] for i, m in enumerate(best)])
 
     reference_tuned = tune_everywhere(grid, comparison)
     each = np.arange(len(grid.batch_sizes))
@@ -265,7 +287,7 @@ def measure(grid: Grid, comparison: Comparison) -> Measures:
         accuracy_gap=accuracy[every, tuned] - accuracy[reference, tuned[reference]],
         targets=targets,
         matched_score=matched,
-        ratio=np.divide(matched, best, out=np.full_like(matched, np.nan), where=best > 0),
+        ratio=np.divide(matched, best_score, out=np.full_like(matched, np.nan), where=best_score > 0),
         regret=regret,
         mean_regret=mean_regret,
         test_regret=test_regret,
@@ -276,19 +298,29 @@ def measure(grid: Grid, comparison: Comparison) -> Measures:
 
 def tune(grid: Grid, comparison: Comparison) -> NDArray[np.int64]:
     """Index of the lr with the lowest mean final training loss at the tuning batch size: (M,)."""
-    home = grid.batch_sizes.index(comparison.tuning_batch_size)
-    return grid.train_loss[:, :, home, :, -1].mean(axis=-1).argmin(axis=1)
+    return grid.train_loss[:, :, comparison.tuning_in(grid), :, -1].mean(axis=-1).argmin(axis=1)
 
 
 def tune_everywhere(grid: Grid, comparison: Comparison) -> NDArray[np.int64]:
     """Index of the reference method's best lr at each batch size separately: (B,)."""
-    reference = grid.methods.index(comparison.reference)
-    return grid.train_loss[reference, ..., -1].mean(axis=-1).argmin(axis=0)
+    return grid.train_loss[comparison.reference_in(grid), ..., -1].mean(axis=-1).argmin(axis=0)
 
 
-def _lowest(values: Array) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite.min()) if finite.size else float("nan")
+def lowest(values: Array, among: Sequence[int]) -> int | None:
+    """The method, of some of them, with the lowest of the values (M,); None if none of them has a finite one."""
+    return min((m for m in among if np.isfinite(values[m])), key=values.__getitem__, default=None)
+
+
+def best_baseline(analysis: Analysis) -> int:
+    """The baseline, if possible not the reference, with the lowest score at the reference's final loss.
+
+    If none reaches that loss, the score is that at twice the loss, and else that at the tuned lr.
+    """
+    others = [m for m in analysis.baselines if m != analysis.reference]
+    for score in (*analysis.point.matched_score.T, analysis.point.score):
+        if (best := lowest(score, others)) is not None:
+            return best
+    return analysis.reference
 
 
 def analyse(records: Sequence[Record], comparison: Comparison) -> Analysis:

@@ -12,7 +12,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from experiments.config import AdamConfig, BatchInvariantAdamConfig, OptimizerConfig
+from experiments.config import AdamConfig, BatchInvariantAdamConfig, OptimizerConfig, SGDConfig
 from experiments.errors import UserError, choose
 from gradstats.optim import BatchInvariantAdam
 
@@ -86,7 +86,9 @@ def build_optimizer(
                 scaled = rule(tuned, batch_size / config.batch_size)
                 # Fused is the fastest of torch's three forms, on the CPU as on a GPU.
                 return torch.optim.Adam(parameters, **asdict(scaled), fused=True)
-            case _:
+            case SGDConfig():
                 return torch.optim.SGD(parameters, lr=config.lr * batch_size / config.batch_size, fused=True)
+            case _:
+                raise UserError(f"optimizer={config.name} has no schema_* of experiments/config.py in its defaults")
     except ValueError as error:
         raise UserError(f"optimizer={config.name}: {error}") from error

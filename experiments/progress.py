@@ -1,14 +1,14 @@
-"""One line for many runs in many processes: runs done, examples seen, loss, time left.
+"""How far training is: a bar for one run, and one line for many runs in many processes.
 
-The processes share a small file with one row a run, which each run overwrites and the parent reads a few times a
-second: nothing waits for anything.
+The processes of many runs share a small file with one row a run, which each run overwrites and the parent reads a few
+times a second: nothing waits for anything.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,11 +16,34 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+# Called with examples seen, examples in all, and a loss.
+Notify = Callable[[int, int, float], None]
 
 # Columns of a row: examples seen, examples in all, training loss, time of writing.
 COLUMNS = 4
 SECONDS_BETWEEN_READS = 0.25
+
+
+def silent(examples_seen: int, total: int, loss: float) -> None:
+    """Shows nothing."""
+
+
+@contextmanager
+def progress_bar(name: str, shown: bool) -> Iterator[Notify]:
+    """A bar on stderr, if that is a terminal; what is yielded moves it."""
+    columns = (
+        TextColumn(name),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} examples, loss {task.fields[loss]:.4f},"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task(name, visible=False)
+        yield lambda seen, total, loss: bar.update(task, completed=seen, total=total, loss=loss, visible=True)
 
 
 def note(board: Path, run: int, examples: int, total: int, loss: float) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from experiments import report
-from experiments.errors import UserError, as_user_errors
+from experiments.atomic import atomic_write
+from experiments.errors import UserError, command_line
 from experiments.report import Outcome
 from experiments.tables import Table
 
@@ -45,20 +45,25 @@ def section(outcome: Outcome, description: report.Description) -> str:
     return "\n\n".join(parts)
 
 
-@as_user_errors()
-def main() -> None:
-    if len(sys.argv) != 2:
-        raise UserError("name the directory of a study: python -m experiments.readme outputs/batch_size_invariance")
-    directory = Path(sys.argv[1])
-    outcome = report.remake(directory, Console(quiet=True))
+def write(directory: Path) -> None:
+    """Make the report again, and bring README and figure up to date."""
+    if not README.exists():
+        raise UserError(f"there is no {README} here: run this where it lies")
     text = README.read_text(encoding="utf-8")
-    written = section(outcome, report.Description.load(directory))
     if not MARKERS.search(text):
         raise UserError(f"{README} has no lines '<!-- results: ... -->' and '<!-- /results -->' to write between")
-    README.write_text(MARKERS.sub(lambda m: f"{m[1]}{written}\n{m[2]}", text), encoding="utf-8")
+    outcome = report.remake(directory, Console(quiet=True))
+    written = section(outcome, report.Description.load(directory))
+    with atomic_write(README) as file:
+        file.write(MARKERS.sub(lambda m: f"{m[1]}{written}\n{m[2]}", text).encode())
     FIGURE.parent.mkdir(exist_ok=True)
     shutil.copyfile(outcome.figure, FIGURE)
     print(f"written: {README}, {FIGURE}")
+
+
+def main() -> None:
+    with command_line():
+        write(report.directory_argument("experiments.readme"))
 
 
 if __name__ == "__main__":

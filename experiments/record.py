@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from experiments.atomic import atomic_write
 from experiments.errors import UserError
 
 FILE = "record.json"
@@ -36,13 +36,8 @@ class Record:
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:
-        """Write atomically: a reader sees the old file or the new one, never half of one."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("w") as file:
-            json.dump(dataclasses.asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with atomic_write(path) as file:
+            file.write(json.dumps(dataclasses.asdict(self), indent=1).encode())
 
     @classmethod
     def load(cls, path: Path) -> Record:

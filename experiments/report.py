@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 
 from experiments import figure, record
-from experiments.errors import UserError
+from experiments.atomic import atomic_write
+from experiments.errors import UserError, command_line
 from experiments.findings import Estimate, Finding, findings
 from experiments.invariance import Analysis, Comparison, analyse
 from experiments.record import Record
@@ -46,7 +47,8 @@ class Description:
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / FILE).write_text(json.dumps(asdict(self), indent=1))
+        with atomic_write(directory / FILE) as file:
+            file.write(json.dumps(asdict(self), indent=1).encode())
 
     @classmethod
     def load(cls, directory: Path) -> Description:
@@ -192,17 +194,17 @@ def _alternative(analysis: Analysis) -> str:
     )
 
 
-def main() -> int:
+def directory_argument(module: str) -> Path:
+    """The one argument of the command `python -m module`."""
     if len(sys.argv) != 2:
-        print("usage: python -m experiments.report DIRECTORY", file=sys.stderr)
-        return 2
-    try:
-        remake(Path(sys.argv[1]), Console())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        raise UserError(f"name the directory of a study: python -m {module} outputs/batch_size_invariance")
+    return Path(sys.argv[1])
+
+
+def main() -> None:
+    with command_line():
+        remake(directory_argument("experiments.report"), Console())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import joblib
@@ -13,32 +12,14 @@ from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
-from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 
 from experiments import record, report
-from experiments.config import Config, OptimizerConfig, as_config, as_dict, compose_config, fingerprint
-from experiments.errors import Diverged, UserError, as_user_errors
+from experiments.config import Config, OptimizerConfig, StudyConfig, as_config, as_dict, compose_config, fingerprint
+from experiments.errors import Diverged, UserError
 from experiments.progress import note, progress_line
-from experiments.record import Record
 from experiments.tracker import open_tracker
 from experiments.train import train
-
-
-@dataclass
-class StudyConfig:
-    """Every method runs with the same number of learning rates: lr_multipliers times its own default."""
-
-    note: str = MISSING
-    ours: list[str] = MISSING
-    baselines: list[str] = MISSING
-    reference: str = MISSING
-    tuning_batch_size: int = MISSING
-    lr_multipliers: list[float] = MISSING
-    batch_sizes: list[int] = MISSING
-    score_batch_sizes: list[int] = MISSING
-    seeds: list[int] = MISSING
-    workers: int | None = MISSING
 
 
 def run_study(config: Config, directory: Path) -> None:
@@ -101,10 +82,21 @@ def track_summary(config: Config, directory: Path, group: str, outcome: report.O
 
 
 def read_study(config: Config) -> StudyConfig:
-    """Raises UserError for a misspelt key, a wrong type, or values that do not fit each other."""
-    with as_user_errors():
-        study = OmegaConf.to_object(OmegaConf.merge(StudyConfig, config.study))
-    assert isinstance(study, StudyConfig)
+    """The study of the configuration, if its values fit each other. Raises UserError if they do not."""
+    study = config.study
+    if study is None:
+        raise UserError("study=null: choose an experiment that has one, as experiment=batch_size_invariance")
+    methods = [*study.ours, *study.baselines]
+    for key, values in (
+        ("ours", study.ours),
+        ("baselines", study.baselines),
+        ("ours and study.baselines", methods),
+        ("lr_multipliers", study.lr_multipliers),
+        ("batch_sizes", study.batch_sizes),
+        ("seeds", study.seeds),
+    ):
+        if not values or len(set(values)) < len(values):
+            raise UserError(f"study.{key}: {values} must have one value or more, each of them once")
     for key, subset, whole in (
         ("score_batch_sizes", study.score_batch_sizes, study.batch_sizes),
         ("tuning_batch_size", [study.tuning_batch_size], study.batch_sizes),
@@ -158,8 +150,8 @@ def default_optimizer(method: str) -> OptimizerConfig:
 
 
 def is_finished(run: Config) -> bool:
-    path = Path(run.directory) / record.FILE
-    return path.exists() and Record.load(path).status != "running"
+    """Also a diverged run, which is not given another try."""
+    return (Path(run.directory) / record.FILE).exists()
 
 
 def cost(run: Config) -> float:

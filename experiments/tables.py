@@ -68,7 +68,7 @@ def _matched(analysis: Analysis) -> Table:
         "Score at matched final loss",
         "Interpolated in ln(loss) along each optimizer's learning rates at and below its tuned one. A dash: the "
         "optimizer does not reach that loss on this branch. Ratio: to the best baseline at that loss.",
-        [f"at {once:.3g}, tuned Adam's", "ratio", f"at {twice:.3g}, twice that", "ratio"],
+        [f"at {once:.3g}, that of {analysis.reference_label}", "ratio", f"at {twice:.3g}, twice that", "ratio"],
         [
             [
                 estimate(analysis, "matched_score", m, 0),
@@ -91,8 +91,8 @@ def _regret(analysis: Analysis, kind: str) -> Table:
         analysis,
         f"Transfer regret on the {kind} loss",
         f"Final {kind} loss at each batch size, with the learning rate tuned at "
-        f"B = {analysis.comparison.tuning_batch_size}, minus that of torch Adam tuned at that batch size on the "
-        f"training loss (lr {rates}).",
+        f"B = {analysis.comparison.tuning_batch_size}, minus that of {analysis.reference_label}, tuned at that "
+        f"batch size on the training loss (lr {rates}).",
         [*(f"B = {size}" for size in analysis.grid.batch_sizes), "mean"],
         [
             [

@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -29,21 +28,9 @@ class Histogram:
 Value = float | str | Histogram
 
 
-class Tracker(Protocol):
-    """run_id names the run in the tracker, for a checkpoint to continue it; None where there is nothing to continue."""
+class Tracker:
+    """Keeps nothing. run_id names the run in a tracker that does, for a checkpoint to continue it."""
 
-    run_id: str | None
-
-    def log(self, examples_seen: int, values: Mapping[str, Value]) -> None: ...
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[float | str]]) -> None: ...
-    def image(self, name: str, path: Path) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class NoTracker:
     run_id: str | None = None
 
     def log(self, examples_seen: int, values: Mapping[str, Value]) -> None:
@@ -58,13 +45,11 @@ class NoTracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         pass
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """A W&B run in directory/wandb.
 
     A failure is told on stderr: an online run that cannot start becomes an offline one, and a run that cannot be
@@ -112,12 +97,7 @@ class WandbTracker:
     def image(self, name: str, path: Path) -> None:
         self._attempt(lambda: self._run and self._run.log({name: self._wandb.Image(str(path))}))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         self._attempt(lambda: self._run and self._run.finish(exit_code=int(kind is not None)))
 
     def _converted(self, values: Mapping[str, Value]) -> dict[str, Any]:
@@ -138,7 +118,7 @@ class WandbTracker:
 
 TRACKERS: dict[str, Callable[[Config, Path, str | None], Tracker]] = {
     "wandb": WandbTracker,
-    "none": lambda config, directory, run_id: NoTracker(),
+    "none": lambda config, directory, run_id: Tracker(),
 }
 
 

@@ -5,10 +5,11 @@ python -m experiments.train experiment=digits optimizer=adam train.batch_size=64
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,38 +21,32 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 import gradstats
 from experiments import checkpoint, record
-from experiments.config import CONF, Config, Device, as_config, check_ranges, is_lasting
+from experiments.config import CONF, NOT_IN_FINGERPRINT, Config, Device, as_config, check_ranges, is_lasting
 from experiments.data import Split, load_data
-from experiments.errors import Diverged, UserError, as_user_errors
+from experiments.errors import Diverged, UserError, as_user_errors, command_line
 from experiments.measurements import Measurements
 from experiments.models import build_model
 from experiments.optimizers import build_optimizer, needs_statistics
+from experiments.progress import Notify, progress_bar, silent
 from experiments.record import Record
 from experiments.resume import previous_run, restore, save
 from experiments.sampler import Sampler
 from experiments.schedule import Schedule, budget, evaluation_counts, every
 from experiments.tracker import Value, how_to_look, open_tracker
 
-Report = Callable[[int, int, float], None]
-
 EVALUATION_BATCH = 4096
-
-
-def silent(examples_seen: int, total: int, loss: float) -> None:
-    """Reports nothing."""
+LONGEST_TAG = 64  # W&B refuses longer ones
 
 
 @as_user_errors()
-def train(config: Config, directory: Path, report: Report = silent) -> Record:
+def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
     """One run; record, checkpoints and W&B files are written to the directory.
 
-    report(examples_seen, total, loss) is called wherever the host waits for the device, with the loss over the training
+    notify(examples_seen, total, loss) is called wherever the host waits for the device, with the loss over the training
     set where it is evaluated and the mean loss of the batches since the last call elsewhere. With config.resume a
     finished run is returned as it is, and an unfinished one continued from its checkpoint, on the CPU bit for bit.
 
@@ -135,7 +130,7 @@ def train(config: Config, directory: Path, report: Report = silent) -> Record:
                 result.test_loss.append(test_loss)
                 result.test_accuracy.append(test_accuracy)
             tracker.log(stop, values)
-            report(stop, total, latest)
+            notify(stop, total, latest)
             if stop in checkpoints:
                 save(config, directory, parts, device, result, tracker.run_id)
 
@@ -187,34 +182,14 @@ def diverged(losses: Sequence[float], start: int, sampler: Sampler, result: Reco
     return Diverged(first // B + 1, sampler.stream(first, first + B).tolist(), checkpoint.find(directory))
 
 
-@contextmanager
-def progress_bar(name: str, shown: bool) -> Iterator[Report]:
-    """A bar on stderr, if that is a terminal; what the report function does is move it."""
-    columns = (
-        TextColumn(name),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f} examples, loss {task.fields[loss]:.4f},"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task(name, visible=False)
-
-        def report(examples_seen: int, total: int, loss: float) -> None:
-            bar.update(task, completed=examples_seen, total=total, loss=loss, visible=True)
-
-        yield report
-
-
 def run(config: Config, directory: Path, shown: bool) -> None:
     """A single run, with a bar while it lasts and its result at the end."""
     if config.resume and previous_run(config, directory) is not None:
         print(f"{directory} holds this run, finished", file=sys.stderr)
     elif config.resume and checkpoint.find(directory) is None:
         print(f"nothing to resume in {directory} yet: starting from the beginning", file=sys.stderr)
-    with progress_bar(config.name, shown) as report:
-        result = train(config, directory, report)
+    with progress_bar(config.name, shown) as notify:
+        result = train(config, directory, notify)
     print(
         f"{result.label}, B = {result.batch_size}: {result.examples[-1]:,} examples in {result.seconds:.1f} s, "
         f"training loss {result.train_loss[-1]:.4f}, test loss {result.test_loss[-1]:.4f}, "
@@ -224,30 +199,50 @@ def run(config: Config, directory: Path, shown: bool) -> None:
         print(hint)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(composed: DictConfig) -> None:
-    multirun = HydraConfig.get().mode is RunMode.MULTIRUN
-    directory = Path(HydraConfig.get().runtime.output_dir)
+@contextmanager
+def as_failed_job() -> Iterator[None]:
+    """In a sweep Hydra lets the other runs end first, and prints this kind of error without a traceback."""
     try:
         with as_user_errors():
-            config = as_config(composed)
+            yield
+    except UserError as error:
+        raise CompactHydraException(f"error: {error}") from None
+
+
+def in_sweep(config: Config, sweep: Path, overrides: Sequence[str]) -> Config:
+    """The run of a sweep is tracked in one group with the others, and tagged with what it was started with.
+
+    The sweep's directory ends in its time, or is the user's own: a sweep that is resumed goes on in its group.
+    """
+    if config.tracker.group is not None:
+        return config
+    told = [text for text in overrides if text.lstrip("+~").partition("=")[0].split(".")[0] not in NOT_IN_FINGERPRINT]
+    tags = [*config.tracker.tags, *(text for text in told if len(text) <= LONGEST_TAG)]
+    tracker = dataclasses.replace(config.tracker, group=f"{config.name} {sweep.name}", tags=tags)
+    return dataclasses.replace(config, tracker=tracker)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(composed: DictConfig) -> None:
+    job = HydraConfig.get()
+    multirun = job.mode is RunMode.MULTIRUN
+    directory, sweep = Path(job.runtime.output_dir), Path(job.sweep.dir)
+    again = f"resume=true directory={sweep if multirun else directory}"
+    with (
+        command_line(f"interrupted: the same command with {again} continues"),
+        as_failed_job() if multirun else nullcontext(),
+    ):
+        config = as_config(composed)
         if config.resume and not is_lasting(composed):
             raise UserError("resume=true needs directory=PATH, the directory of the run to continue")
+        if multirun:
+            config = in_sweep(config, sweep, job.overrides.task)
         if config.study is not None:
             from experiments.study import run_study  # which trains, and so imports this module
 
             run_study(config, directory)
         else:
             run(config, directory, shown=not multirun)
-    except UserError as error:
-        if multirun:
-            # Hydra lets the other runs end first, and prints this kind without a traceback.
-            raise CompactHydraException(f"error: {error}") from None
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command with resume=true directory={directory} continues", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from torch import nn
 
 from gradstats.engines import ENGINES
 from gradstats.errors import GradstatsError, MissingStatistic
-from gradstats.handle import Handle
+from gradstats.handle import Handle, handle_of
 from gradstats.leaf import LEAF
 
 
@@ -45,4 +45,7 @@ def attached(model: nn.Module) -> Handle:
     for module in model.modules():
         if LEAF in module.__dict__:
             return module.__dict__[LEAF].handle
+    for p in model.parameters():
+        if (handle := handle_of(p)) is not None:
+            return handle
     raise MissingStatistic(f"{type(model).__name__} is not attached: call gradstats.attach(model)")

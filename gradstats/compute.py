@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradstats.attach import attach
+from gradstats.errors import MissingStatistic
+from gradstats.handle import total_norms
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -27,7 +29,7 @@ class Result:
 
     def _get(self, name: str) -> dict[str, Tensor]:
         if name not in self.statistics:
-            raise AttributeError(f"{name!r} was not computed: pass statistics=[..., {name!r}]")
+            raise MissingStatistic(f"{name!r} was not computed: pass statistics=[..., {name!r}]")
         return self.statistics[name]
 
     @property
@@ -64,9 +66,10 @@ def compute(
         with attach(model, *statistics, engine=engine, loss_reduction=loss_reduction) as handle, torch.enable_grad():
             loss = loss_fn(call(model, x), y)
             loss.backward()
-            found = {name: dict(handle.read(name)) for name in statistics}
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            total = handle.norms.total if "norms" in statistics else None
+            # A parameter that the loss does not depend on has no gradient, and no statistics.
+            found = {name: {p: handle.read(name)[p] for p in gradients} for name in statistics}
+            total = total_norms(found["norms"].values()) if "norms" in statistics else None
             return Result(loss.detach(), gradients, handle.batch_size, found, total)
     finally:
         for p, grad in held.items():

@@ -31,7 +31,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    """x in the dtype in which it may be squared."""
+    return x.to(accumulation_dtype(x.dtype))
 
 
 class Contribution(ABC):

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gradstats.compute import LossFunction
-from gradstats.errors import CoverageError
-from gradstats.rules.fallback import vmappable
-from gradstats.rules.registry import refuse_coupling
+from gradstats.lifetime import tensors_of
+from gradstats.rules import fallback
 
 
 def per_example_gradients(
@@ -28,40 +26,26 @@ def per_example_gradients(
     x is a tensor, a tuple of positional arguments or a dict of keyword arguments; tensors in it have the examples in
     front. Raises: CoverageError for models whose forward couples examples or has no batching rule.
     """
-    for module in model.modules():
-        refuse_coupling(module)
+    fallback.check(model)
     args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
-    flat, spec = tree_flatten((args, kwargs))
-    batched = [isinstance(value, Tensor) and value.dim() > 0 for value in flat]
-    n = next(value.shape[0] for value, b in zip(flat, batched, strict=True) if b)
-    batched = [b and value.shape[0] == n for value, b in zip(flat, batched, strict=True)]
+    n = tensors_of(args, kwargs)[0].shape[0]
+    over = fallback.OverExamples(model, type(model), args, kwargs, n)
+    if n > 1:
+        fallback.compare(over, args, kwargs, n)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    structure: list[Any] = []
-
-    def one(parameters: dict[str, Tensor], *rows: Tensor) -> tuple[Tensor, ...]:
-        row = iter(rows)
-        inputs = [next(row).unsqueeze(0) if b else value for value, b in zip(flat, batched, strict=True)]
-        args, kwargs = tree_unflatten(inputs, spec)
-        outputs, out_spec = tree_flatten(torch.func.functional_call(model, parameters, args, kwargs))
-        structure[:] = [out_spec]
-        return tuple(o.squeeze(0) for o in outputs)
 
     def chunk(rows: list[Tensor]):
         copies = {name: p.expand(len(rows[0]), *p.shape) for name, p in parameters.items()}
-        over = torch.func.vmap(one, randomness="different")
-        return torch.func.vjp(lambda copies: over(copies, *rows), copies)
+        mapped = torch.func.vmap(over, randomness="different")
+        return torch.func.vjp(lambda copies: mapped(copies, *rows), copies)
 
     size = chunk_size or n
-    rows = [value for value, b in zip(flat, batched, strict=True) if b]
-    try:
-        with vmappable():
-            chunks = [chunk([r[i : i + size] for r in rows]) for i in range(0, n, size)]
-    except RuntimeError as error:
-        raise CoverageError(f"{type(model).__name__} does not run under torch.func.vmap: {error}") from error
+    with fallback.vmappable(model):
+        chunks = [chunk([r[i : i + size] for r in over.rows]) for i in range(0, n, size)]
     outputs = [torch.cat(parts).detach().requires_grad_() for parts in zip(*(out for out, _ in chunks), strict=True)]
     with torch.enable_grad():
-        loss = loss_fn(tree_unflatten(outputs, structure[0]), y)
+        loss = loss_fn(over.rebuild(outputs), y)
     cotangents = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
     pieces = [vjp(tuple(c[i * size : (i + 1) * size] for c in cotangents))[0] for i, (_, vjp) in enumerate(chunks)]
     scale = n if loss_reduction == "mean" else 1
-    return tree_map(lambda *parts: torch.cat(parts).mul_(scale), *pieces)
+    return {name: torch.cat([piece[name] for piece in pieces]).mul_(scale) for name in parameters}

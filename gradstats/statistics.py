@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from gradstats.contribution import wide
 from gradstats.errors import GradstatsError
 
 # The raw sums of contribution.py, and whether each is shaped like the parameter or has one entry an example.
@@ -47,9 +47,7 @@ class Window:
             raise GradstatsError(
                 "the mean gradient is needed, but p.grad is None: read this statistic before zero_grad()"
             )
-        return self.gradient.to(torch.promote_types(self.gradient.dtype, torch.float32)) * (
-            self.scale / self.batch_size
-        )
+        return wide(self.gradient) * (self.scale / self.batch_size)
 
 
 class Statistic(ABC):
@@ -112,20 +110,10 @@ class Norms(Statistic):
 STATISTICS: dict[str, type[Statistic]] = {s.name: s for s in (SecondMoment, Variance, Norms)}
 
 
-def second_moment_at(q: Tensor, m: Tensor, batch_size: int, reference_batch_size: float) -> Tensor:
-    """v_R = m^2 + (1/R - 1/B) s2, the second moment at reference batch size R: E v_R = mu^2 + sigma^2/R.
+def reference_weight(batch_size: float, reference_batch_size: float) -> float:
+    """k for which v_R = (1 - k) m^2 + k q, of a batch of B > 1 examples.
 
-    With s2 = B/(B-1) (q - m^2) this is the interpolation v_R = m^2 + k (q - m^2), k = (B/R - 1)/(B - 1): v_1 = q, v_B =
-    m^2. Non-negative for R <= B; for R > B single elements can be negative.
-
-    Arguments: q, m (*shape) of one batch of B examples. Raises: GradstatsError for B = 1 < R, which one example cannot
-    give.
+    With s2 = B/(B-1) (q - m^2), the second moment at reference batch size R, v_R = m^2 + (1/R - 1/B) s2, is this
+    interpolation at k = (B/R - 1)/(B - 1); E v_R = mu^2 + sigma^2/R. v_1 = q and v_B = m^2. v_R >= 0 for R <= B.
     """
-    if reference_batch_size == 1:
-        return q
-    if batch_size < 2:
-        raise GradstatsError(
-            f"one example has no variance: v_R at R = {reference_batch_size} needs a batch of at least 2"
-        )
-    k = (batch_size / reference_batch_size - 1) / (batch_size - 1)
-    return torch.lerp(m.square(), q, k)
+    return (batch_size / reference_batch_size - 1) / (batch_size - 1)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+TINY = 1e-300  # zero against zero is no error
+
 
 def to_double(what):
     return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, what)
@@ -47,7 +49,7 @@ def norms(c: Tensor) -> Tensor:
 
 def error(found: Tensor, expected: Tensor, whole: float) -> float:
     """||a - b|| / max(||b||, 1e-6 ||the statistic over all parameters||)."""
-    return float((found.double() - expected).norm() / max(expected.norm(), torch.tensor(1e-6 * whole).double()))
+    return float((found.double() - expected).norm()) / max(float(expected.norm()), 1e-6 * whole, TINY)
 
 
 def whole(statistic: dict[str, Tensor]) -> float:
@@ -62,7 +64,8 @@ def errors(handle, expected: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     return {
         "second_moment": {k: error(handle.second_moment[k], q[k], whole(q)) for k in q},
         "variance": {
-            k: float((handle.variance[k].double() - s2[k]).norm() / max(q[k].norm(), 1e-6 * whole(q))) for k in q
+            k: float((handle.variance[k].double() - s2[k]).norm()) / max(float(q[k].norm()), 1e-6 * whole(q), TINY)
+            for k in q
         },
         "norms": {k: error(handle.norms[k], n[k], whole(n)) for k in n},
     }

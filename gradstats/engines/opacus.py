@@ -7,57 +7,61 @@ are the contributions c_b. It captures in training mode only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradstats.contribution import Dense
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
-from gradstats.handle import Handle
-from gradstats.leaf import Leaf
+from gradstats.handle import Handle, handle_of, table
 from gradstats.rules.registry import refuse_coupling
-from gradstats.statistics import Window
-
-
-def refuse_evaluation(model: nn.Module, args: tuple) -> None:
-    if torch.is_grad_enabled() and not model.training:
-        raise CoverageError(
-            "Opacus captures in training mode only: call model.train(), torch.no_grad(), or use engine='fused'"
-        )
 
 
 class OpacusHandle(Handle):
-    """A handle that reads p.grad_sample instead of shadows."""
+    """Reads p.grad_sample."""
 
-    def install(self, whole: bool = False) -> None:
+    def __init__(self, model: nn.Module, statistics: Sequence[str], loss_reduction: str):
+        super().__init__(model, statistics, loss_reduction)
         try:
             from opacus.grad_sample.grad_sample_module import GradSampleHooks
         except ImportError as error:
             raise GradstatsError("engine 'opacus' needs Opacus: pip install 'gradstats[opacus]'") from error
-        for module in self.model.modules():
+        for module in model.modules():
             refuse_coupling(module)
-        parameters = dict(self.model.named_parameters())
-        leaf = Leaf(self, self.model, "", None, parameters)
-        self.leaves = {name: (leaf, name) for name in parameters}
-        self._hooks = None
-        self._passes = dict.fromkeys(parameters, 0)  # backward passes since the gradient was last None
+        if any(handle_of(p) is not None for p in model.parameters()):
+            raise GradstatsError("the model is attached already: use gradstats.attached(model), or detach() it first")
         try:
-            self._hooks = GradSampleHooks(self.model, loss_reduction="sum")
+            self.samples = GradSampleHooks(model, loss_reduction="sum")
         except NotImplementedError as error:
             raise CoverageError(f"Opacus does not cover this model: {error}") from error
-        self._root_hooks = [self.model.register_forward_pre_hook(refuse_evaluation)]
-        for name, p in parameters.items():
+        self.hooks: list[Any] = [model.register_forward_pre_hook(self._refuse_evaluation)]
+        self._passes: dict[str, int] = {}  # backward passes since the gradient was last None
+        self._left: dict[str, tuple[int, int]] = {}  # address and version of p.grad when it was last accumulated
+        for name, p in self.parameters().items():
+            self.register(p, name)
             if p.requires_grad:
-                leaf.hooks[name] = (p, p.register_hook(lambda g, name=name: self._count(name)))
-                self.register(p, name)
+                self.hooks.append(p.register_hook(lambda g, name=name, p=p: self._count(name, p)))
+                self.hooks.append(p.register_post_accumulate_grad_hook(lambda p, name=name: self._remember(name, p)))
 
-    def _count(self, name: str) -> None:
-        leaf, _ = self.leaves[name]
-        self._passes[name] = 1 if leaf.parameter(name).grad is None else self._passes[name] + 1
+    def _refuse_evaluation(self, model: nn.Module, args: tuple) -> None:
+        if torch.is_grad_enabled() and not model.training:
+            raise CoverageError(
+                "Opacus captures in training mode only: call model.train(), torch.no_grad(), or use engine='fused'"
+            )
 
-    def window(self, key: str | Tensor, needs: Sequence[str], needs_gradient: bool = False) -> Window:
-        name = self.name_of(key)
-        p = self.leaves[name][0].parameter(name)
+    def _count(self, name: str, p: nn.Parameter) -> None:
+        self._passes[name] = 1 if p.grad is None else self._passes.get(name, 0) + 1
+
+    def _remember(self, name: str, p: Tensor) -> None:
+        if p.grad is not None:
+            self._left[name] = (p.grad.data_ptr(), p.grad._version)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
+        p = self.parameters()[name]
         samples = getattr(p, "grad_sample", None)
         if samples is None:
             raise MissingStatistic(f"parameter '{name}' has no statistics: call loss.backward() first")
@@ -65,17 +69,34 @@ class OpacusHandle(Handle):
         parts = (samples if isinstance(samples, list) else [samples])[-self._passes[name] :]
         p.grad_sample = parts  # type: ignore[attr-defined]
         c = torch.cat(parts)
-        return Window(Dense(c).sums(needs)[1], p.grad, len(c), self.loss_reduction)
+        return Dense(c).sums(needs)[1], len(c)
+
+    def untouched(self, name: str) -> bool:
+        grad = self.parameters()[name].grad
+        return grad is not None and self._left.get(name) == (grad.data_ptr(), grad._version)
+
+    def has(self, name: str) -> bool:
+        return getattr(self.parameters()[name], "grad_sample", None) is not None
 
     @property
     def batch_size(self) -> int:
-        return self.window(self.names()[0], ()).batch_size
+        return max((self.sums(name, ())[1] for name in self._passes), default=0)
+
+    def coverage(self) -> str:
+        return table((name, p, "Opacus") for name, p in self.parameters().items())
+
+    def new_examples(self) -> None:
+        raise GradstatsError("engine 'opacus' cannot hold two forwards in flight: use engine='fused'")
 
     def zero(self) -> None:
         for p in self.model.parameters():
             p.grad_sample = None  # type: ignore[attr-defined]
 
     def detach(self) -> None:
-        if self._hooks is not None:
-            self._hooks.cleanup()
         super().detach()
+        for hook in self.hooks:
+            hook.remove()
+        self.samples.cleanup()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise GradstatsError("a model attached with engine='opacus' cannot be copied: detach() it first")

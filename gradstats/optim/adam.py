@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from gradstats.contribution import accumulation_dtype
 from gradstats.errors import GradstatsError, MissingStatistic
 from gradstats.handle import handle_of
-from gradstats.statistics import Window
+from gradstats.statistics import Window, reference_weight
 from gradstats.units import average
 
 
 @dataclass(frozen=True)
-class Weights:
+class StepScalars:
     """The scalars of one step, common to all parameters with the same batch size, age and options.
 
     m~ <- (1 - w1) m~ + w1 m
@@ -32,12 +32,13 @@ class Weights:
     w3: float | None
     batch_size: int
     reference: float
+    first: bool  # no average before this batch
     mean_scale: float  # m = mean_scale p.grad
     square_scale: float  # q = square_scale sum_b c_b^2
 
     @property
     def across_steps(self) -> bool:
-        return self.w3 is not None
+        return self.reference > max(self.batch_size, 1)
 
 
 class BatchInvariantAdam(Optimizer):
@@ -68,8 +69,8 @@ class BatchInvariantAdam(Optimizer):
             which depends on the batch size. None does not clip.
         maximize: ascend instead of descend.
 
-    Gradients are the batch's, statistics come from `gradstats.attach(model)` (or "variance"), found through the
-    parameters. The state's "step" counts examples, as an integer.
+    Gradients are the batch's; statistics come from `gradstats.attach(model)`, found through the parameters. The state's
+    "step" counts examples, as an integer.
 
     Raises: MissingStatistic by `step` for a gradient without statistics; LifetimeError if R > 1 and the gradient was
         changed after the backward pass (clip with max_norm). A step with lr = 0 before any backward only allocates
@@ -104,6 +105,8 @@ class BatchInvariantAdam(Optimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults)
+
+        self._step_supports_amp_scaling = True
 
     @classmethod
     def in_examples(
@@ -153,7 +156,10 @@ class BatchInvariantAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = self._gather()
+        loss_scale = self._loss_scale()
+        if loss_scale is None:
+            return loss
+        buckets = self._gather(loss_scale)
         for (_, weights), parameters in buckets.items():
             update_averages(
                 [p for p, _ in parameters], [w for _, w in parameters], [self.state[p] for p, _ in parameters], weights
@@ -164,12 +170,17 @@ class BatchInvariantAdam(Optimizer):
             update_parameters(ps, [self.state[p] for p in ps], weights, self.param_groups[index], clip)
         return loss
 
-    def _gather(self) -> dict[tuple[int, Weights], list[tuple[Tensor, Window]]]:
+    def _gather(self, loss_scale: float) -> dict[tuple[int, StepScalars], list[tuple[Tensor, Window]]]:
         """Parameters that have gradients, with their statistics, grouped by what their step has in common."""
         buckets = defaultdict(list)
-        seen: dict[tuple[Any, ...], Weights] = {}  # parameters of one age share the weights
+        seen: dict[tuple[Any, ...], StepScalars] = {}  # parameters of one age share them
         for index, group in enumerate(self.param_groups):
             reference = group["reference_batch_size"] or group["batch_size"]
+            lr = float(group["lr"])
+            if lr * group["weight_decay"] > 1:
+                raise GradstatsError(
+                    f"lr = {lr} times weight_decay = {group['weight_decay']} is above 1: no decay factor"
+                )
             averages = [average(group["average"], beta, group["batch_size"]) for beta in group["betas"]]
             for p in group["params"]:
                 if p.grad is None:
@@ -177,24 +188,40 @@ class BatchInvariantAdam(Optimizer):
                 state = self.state[p]
                 if not state:
                     allocate(state, p)
-                window = self._window(p, reference, float(group["lr"]))
+                window = self._window(p, reference, lr)
                 if window is None:
                     continue
                 b = window.batch_size
-                across = reference > max(b, 1)
-                if across and "exp_avg_q" not in state:
+                if reference > b and "exp_avg_q" not in state:
                     state["exp_avg_q"] = torch.zeros_like(state["exp_avg"])
                     state["exp_avg_q_step"] = torch.tensor(0)
-                e, e_q = int(state["step"]) + b, int(state["exp_avg_q_step"]) + b if across else None
+                e = int(state["step"]) + b
+                e_q = int(state["exp_avg_q_step"]) + b if "exp_avg_q" in state else None
                 key = (index, b, e, e_q, window.scale)
                 if key not in seen:
                     w1, w2 = (a.weight(b, e) for a in averages)
                     w3 = None if e_q is None else averages[1].weight(b, e_q)
-                    seen[key] = Weights(w1, w2, w3, b, reference, window.scale / b, window.scale**2 / b)
+                    scales = window.scale / b / loss_scale, window.scale**2 / b / loss_scale**2
+                    seen[key] = StepScalars(w1, w2, w3, b, reference, e == b, *scales)
                 buckets[index, seen[key]].append((p, window))
         return buckets
 
-    def _window(self, p: Tensor, reference: float, lr: float) -> Window | None:
+    def _loss_scale(self) -> float | None:
+        """What GradScaler multiplied the loss by, 1 without it; None for a step to skip, since gradients overflowed.
+
+        GradScaler leaves the unscaling to optimizers with `_step_supports_amp_scaling`, as here: squares need it twice.
+        """
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return 1.0
+        if scale is None:
+            raise GradstatsError(
+                "scaler.unscale_(optimizer) unscales the gradients but not their squares: leave it to "
+                "scaler.step(optimizer), and clip with max_norm"
+            )
+        return None if float(found_inf) > 0 else float(scale)
+
+    def _window(self, p: Any, reference: float, lr: float) -> Window | None:
         handle = handle_of(p)
         try:
             if handle is None:
@@ -205,7 +232,8 @@ class BatchInvariantAdam(Optimizer):
             # With R = 1 the mean gradient enters linearly only, and whoever changed it meant to.
             return handle.window(p, ("sum_of_squares",), needs_gradient=reference != 1)
         except MissingStatistic:
-            if lr == 0:
+            # Distributed checkpointing's empty step, or a layer that was not used, its gradient zeroed in place.
+            if lr == 0 or (handle is not None and not bool(p.grad.any())):
                 return None
             raise
 
@@ -236,8 +264,10 @@ def allocate(state: dict[str, Any], p: Tensor) -> None:
     state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
 
 
-def update_averages(parameters: list[Tensor], windows: list[Window], states: list[dict[str, Any]], w: Weights) -> None:
-    """Moves m~, s and q~ (see Weights), all parameters at once.
+def update_averages(
+    parameters: list[Tensor], windows: list[Window], states: list[dict[str, Any]], w: StepScalars
+) -> None:
+    """Moves m~, s and q~ (see StepScalars), all parameters at once.
 
     v_R = (1 - k) m^2 + k q with k = (B/R - 1)/(B - 1) within the batch; v_R = (1 - 1/R) m m~ + q/R across steps.
     """
@@ -247,9 +277,9 @@ def update_averages(parameters: list[Tensor], windows: list[Window], states: lis
     gradients = [p.grad for p in parameters if p.grad is not None]
     m = torch._foreach_mul([g.to(a.dtype) for g, a in zip(gradients, averages, strict=True)], w.mean_scale)
     raw = [window.sums["sum_of_squares"] for window in windows]
-    k = 1 / r if w.across_steps or b == 1 else (b / r - 1) / (b - 1)
+    k = 1 / r if w.across_steps or b == 1 else reference_weight(b, r)
     # The first batch has no average before it: its own mean stands in, too large by sigma^2/B, and soon forgotten.
-    partner = averages if w.across_steps and w.w1 < 1 else m
+    partner = averages if w.across_steps and not w.first else m
     torch._foreach_mul_(squares, 1 - w.w2)
     if k != 1:
         torch._foreach_addcmul_(squares, m, partner, value=w.w2 * (1 - k))
@@ -264,12 +294,16 @@ def update_averages(parameters: list[Tensor], windows: list[Window], states: lis
 
 
 def update_parameters(
-    parameters: list[Tensor], states: list[dict[str, Any]], w: Weights, group: dict[str, Any], clip: dict[float, Tensor]
+    parameters: list[Tensor],
+    states: list[dict[str, Any]],
+    w: StepScalars,
+    group: dict[str, Any],
+    clip: dict[float, Tensor],
 ) -> None:
     """p <- p (1 - lr weight_decay)^(B/batch_size) - (B/batch_size) lr m~ / (sqrt(s) + eps)."""
     lr, times = float(group["lr"]), w.batch_size / group["batch_size"]
     averages, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-    if w.across_steps:
+    if w.w3 is not None:  # s may still hold negative estimates of earlier steps
         floors = torch._foreach_div([s["exp_avg_q"] for s in states], w.reference)
         squares = list(torch._foreach_maximum(squares, floors))
     denominators = torch._foreach_sqrt(squares)

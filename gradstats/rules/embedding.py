@@ -14,6 +14,8 @@ from gradstats.rules.registry import Rule, refuse, rule
 class Embedding(Rule):
     """c_b[r] = sum of d_bt over the positions t with ids_bt = r; none for the padding row."""
 
+    parameters = ("weight",)
+
     @staticmethod
     def check(module):
         if module.sparse:
@@ -31,7 +33,8 @@ class Embedding(Rule):
 
     @staticmethod
     def options(module):
-        return module.padding_idx, module.scale_grad_by_freq, module.num_embeddings
+        rows, padding = module.num_embeddings, module.padding_idx
+        return None if padding is None else padding % rows, module.scale_grad_by_freq, rows
 
     @staticmethod
     def forward(options, x, parameters):

@@ -7,20 +7,21 @@ contributions c_b. Exact for whatever vmaps, at the price of n copies of the mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gradstats.contribution import Dense
 from gradstats.errors import CoverageError
-from gradstats.rules.registry import Rule, refuse
+from gradstats.rules.registry import Rule, refuse, refuse_coupling
 
 
 class Expand(Rule):
@@ -35,13 +36,6 @@ class Expand(Rule):
     @staticmethod
     def backward(options, saved, d, wanted):
         return None, {name: Dense(d) for name in wanted}
-
-
-@contextmanager
-def vmappable() -> Iterator[None]:
-    """Inside, torch.func.vmap is right where by itself it fails or is silently wrong."""
-    with sdpa_kernel(SDPBackend.MATH), EmbeddingUnderVmap():  # the fused attention kernels have no batching rule
-        yield
 
 
 class EmbeddingUnderVmap(TorchFunctionMode):
@@ -65,8 +59,9 @@ class EmbeddingUnderVmap(TorchFunctionMode):
 
 
 def check(module: nn.Module) -> None:
-    """Raises CoverageError for modules known not to vmap, or to hide the example dimension."""
+    """Raises CoverageError for modules known to couple examples, not to vmap, or to hide the example dimension."""
     for child in module.modules():
+        refuse_coupling(child)
         if isinstance(child, nn.RNNBase):
             raise refuse(
                 child, "torch.func has no batching rule for recurrent layers", "Leave it out of the attached model"
@@ -75,7 +70,7 @@ def check(module: nn.Module) -> None:
             raise refuse(child, "batch_first=False puts positions before examples", "Build it with batch_first=True")
 
 
-class _Body(nn.Module):
+class Body(nn.Module):
     """Calls the original class's forward, without the module's hooks: those run once, around the vmapped call."""
 
     def __init__(self, inner: nn.Module, kind: type[nn.Module]):
@@ -86,60 +81,115 @@ class _Body(nn.Module):
         return self.kind.forward(self.inner, *args, **kwargs)
 
 
-def run(
-    module: nn.Module,
-    kind: type[nn.Module],
-    expand: Callable[[str, int], Tensor],
-    names: tuple[str, ...],
-    n: int,
-    args: Any,
-    kwargs: Any,
-) -> Any:
-    """module(*args, **kwargs) over n examples, each a batch of one; `expand(name, n)` gives the expanded parameter."""
-    flat, spec = tree_flatten((args, kwargs))
-    dims = [dimension(module, value, n, first=i == 0) for i, value in enumerate(flat)]
-    expanded = {f"inner.{name}": expand(name, n) for name in names}
-    body = _Body(module, kind)
-    layout: list[Any] = []
+class OverExamples:
+    """A module's forward as a function of parameters and rows, to be mapped over both, an example at a time.
 
-    def one(parameters: dict[str, Tensor], *mapped: Tensor) -> tuple[Tensor, ...]:
-        values = iter(mapped)
-        inputs = [next(values).unsqueeze(0) if dim == 0 else value for value, dim in zip(flat, dims, strict=True)]
-        args, kwargs = tree_unflatten(inputs, spec)
-        outputs, out_spec = tree_flatten(torch.func.functional_call(body, parameters, args, kwargs))
-        layout[:] = [out_spec, [isinstance(o, Tensor) for o in outputs], outputs]
-        for o in outputs:
-            if isinstance(o, Tensor) and (o.dim() == 0 or o.shape[0] != 1):
+    `rows` are the arguments' tensors with one row an example (n, ...); the others are shared by all examples.
+    """
+
+    def __init__(self, module: nn.Module, kind: type[nn.Module], args: Any, kwargs: Any, n: int):
+        self.module, self.body = module, Body(module, kind)
+        self.flat, self.spec = tree_flatten((args, kwargs))
+        self.mapped = [has_rows(module, value, n, first=i == 0) for i, value in enumerate(self.flat)]
+        self.rows = [value for value, mapped in zip(self.flat, self.mapped, strict=True) if mapped]
+        self.output: tuple[list[Any], Any] = ([], None)  # of one example: its leaves and their structure
+
+    def __call__(self, parameters: dict[str, Tensor], *rows: Tensor) -> tuple[Tensor, ...]:
+        """The output's tensors for one example, without the dimension of examples."""
+        row = iter(rows)
+        inputs = [next(row).unsqueeze(0) if mapped else v for v, mapped in zip(self.flat, self.mapped, strict=True)]
+        args, kwargs = tree_unflatten(inputs, self.spec)
+        inner = {f"inner.{name}": p for name, p in parameters.items()}
+        outputs, spec = tree_flatten(torch.func.functional_call(self.body, inner, args, kwargs))
+        self.output = outputs, spec
+        tensors = [o for o in outputs if isinstance(o, Tensor)]
+        for o in tensors:
+            if o.dim() == 0 or o.shape[0] != 1:
                 raise refuse(
-                    module,
+                    self.module,
                     f"for one example it returns a tensor of shape {tuple(o.shape)}, with no dimension of examples",
                     "Return losses and other reductions outside of the attached module",
                 )
-        return tuple(o.squeeze(0) for o in outputs if isinstance(o, Tensor))
+        return tuple(o.squeeze(0) for o in tensors)
 
-    mapped = [value for value, dim in zip(flat, dims, strict=True) if dim == 0]
+    def rebuild(self, results: Iterable[Tensor]) -> Any:
+        """The output in its own structure, from its tensors over all examples."""
+        outputs, spec = self.output
+        tensors = iter(results)
+        return tree_unflatten([next(tensors) if isinstance(o, Tensor) else o for o in outputs], spec)
+
+
+@contextmanager
+def vmappable(module: nn.Module) -> Iterator[None]:
+    """Inside, torch.func.vmap is right where by itself it fails or is silently wrong; what fails still is refused."""
     try:
-        with vmappable():
-            results = torch.func.vmap(one, in_dims=(0, *[0] * len(mapped)), randomness="different")(expanded, *mapped)
+        # The fused attention kernels have no batching rule, and checkpointing would only fail in the backward pass.
+        with sdpa_kernel(SDPBackend.MATH), EmbeddingUnderVmap(), disable_saved_tensors_hooks("it uses checkpointing"):
+            yield
     except CoverageError:
         raise
     except RuntimeError as error:
         raise refuse(
             module, f"it does not run under torch.func.vmap ({error})", "Split it into layers that have rules"
         ) from error
-    out_spec, is_tensor, outputs = layout
-    tensors = iter(results)
-    return tree_unflatten([next(tensors) if t else o for t, o in zip(is_tensor, outputs, strict=True)], out_spec)
 
 
-def dimension(module: nn.Module, value: Any, n: int, first: bool) -> int | None:
-    """0 for a tensor with one row an example, None for what all examples share."""
+def run(over: OverExamples, expanded: dict[str, Tensor]) -> Any:
+    """The module over all examples, from its expanded parameters (n, *shape). Refuses what writes to a buffer."""
+    buffers = {id(buffer): (buffer, buffer._version) for buffer in over.module.buffers()}
+    with vmappable(over.module):
+        results = torch.func.vmap(over, randomness="different")(expanded, *over.rows)
+    for buffer in over.module.buffers():
+        if buffers.get(id(buffer), (buffer, -1))[1] != buffer._version:
+            raise refuse(
+                over.module,
+                "its forward writes to a buffer, once for every example instead of once for the batch",
+                "Update the buffer outside of the attached module",
+            )
+    return over.rebuild(results)
+
+
+def compare(over: OverExamples, args: Any, kwargs: Any, n: int) -> None:
+    """Refuses a module whose output for an example changes when it sees the example alone.
+
+    What mixes rows, divides by the size of the batch, or shares an argument that happens to have as many rows as the
+    batch has examples shows here. A module that draws random numbers is not compared: its two outputs differ anyway.
+    """
+    module = over.module
+    named = {f"inner.{name}": buffer for name, buffer in module.named_buffers()}
+
+    def plain(seed: int) -> list[Tensor]:
+        torch.manual_seed(seed)
+        copies = {name: buffer.clone() for name, buffer in named.items()}
+        outputs = tree_flatten(torch.func.functional_call(over.body, copies, args, kwargs))[0]
+        return [o for o in outputs if isinstance(o, Tensor)]
+
+    devices = {p.device for p in module.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        whole, again = plain(0), plain(1)
+        if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
+            return
+        expanded = {name: p.expand(n, *p.shape) for name, p in module.named_parameters()}
+        alone = [o for o in tree_flatten(run(over, expanded))[0] if isinstance(o, Tensor)]
+    for a, b in zip(whole, alone, strict=True):
+        # Far above the rounding of another order of summation, far below any coupling of consequence.
+        tolerance = 1e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if a.shape != b.shape or bool(((a - b).abs() > tolerance * (1e-6 + a.abs().max())).any()):
+            raise refuse(
+                module,
+                "its output for an example depends on the other examples of the batch, or on how many there are",
+                "Keep what mixes examples outside of the attached module",
+            )
+
+
+def has_rows(module: nn.Module, value: Any, n: int, first: bool) -> bool:
+    """Whether an argument has one row an example; what all examples share has not."""
     if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != n:
-        return None
+        return False
     if n > 1 and not first and value.dim() == 2 and value.shape[1] == n:
         raise refuse(
             module,
             f"an argument of shape {tuple(value.shape)} could be one row an example or a square shared by all",
             "Use another batch size",
         )
-    return 0
+    return True

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from gradstats.contribution import Contribution, Dense
+from gradstats.contribution import Contribution, Dense, wide
 from gradstats.rules.registry import Rule, example_sum, refuse, refuse_coupling, rule
 
 aten = torch.ops.aten
@@ -16,6 +16,7 @@ aten = torch.ops.aten
 def affine(d: Tensor, xhat: Tensor, keep: int, wanted: frozenset[str]) -> dict[str, Contribution]:
     """c_b = sum_t d_bt xhat_bt for the weight and sum_t d_bt for the bias, `keep` trailing dimensions kept."""
     contributions: dict[str, Contribution] = {}
+    d = wide(d)  # xhat can be wider than the output: mean and deviation are kept in float32
     if "weight" in wanted:
         contributions["weight"] = Dense(example_sum(d * xhat, keep))
     if "bias" in wanted:
@@ -81,15 +82,10 @@ class RMSNorm(Rule):
     def backward(options, saved, d, wanted):
         shape, eps = options
         x, weight = saved
-        over = tuple(range(-len(shape), 0))
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rms = (wide.square().mean(over, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
-        xhat = wide * rms
         grad_input = None
-        if "input" in wanted:
-            dhat = d * weight
-            grad_input = (rms * (dhat - xhat * (dhat * xhat).mean(over, keepdim=True))).to(x.dtype)
-        return grad_input, affine(d, xhat, len(shape), wanted)
+        if "input" in wanted:  # torch's own, since its default eps depends on its version and the dtype
+            grad_input = torch.func.vjp(lambda x: F.rms_norm(x, shape, weight, eps), x)[1](d)[0]
+        return grad_input, affine(d, F.rms_norm(x, shape, None, eps), len(shape), wanted)
 
 
 @rule(nn.GroupNorm)

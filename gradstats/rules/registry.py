@@ -1,12 +1,12 @@
 """One file per kind of layer. A rule says how a leaf computes its forward and what its parameters' contributions are.
 
-A rule is found along the MRO of the module's class (FSDP swaps the class), and only where `forward` is the one that the
-rule was written for: a subclass that overrides `forward` is another layer.
+A rule is found along the MRO of the module's class (FSDP swaps the class), up to the class that it was written for.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -18,12 +18,18 @@ from gradstats.errors import CoverageError
 RULES: dict[type[nn.Module], type[Rule]] = {}
 
 
+# Methods in which a layer computes its output; a subclass that overrides one is another layer.
+COMPUTES = ("forward", "_conv_forward", "_check_input_dim")
+
+
 class Rule(ABC):
-    """Forward and backward of one kind of layer; stateless, so that it can be traced.
+    """Forward and backward of one kind of layer, without state.
 
     `saved` is whatever tensors backward needs; `parameters` maps the module's own names to tensors, None where absent.
     """
 
+    # All that the module may own directly; other tools rename what they reparametrise.
+    parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
     # What autocast does to this layer's inputs: run in the low precision, in float32, or leave alone.
     autocast: ClassVar[Literal["low", "float32"] | None] = None
 
@@ -38,7 +44,7 @@ class Rule(ABC):
 
     @staticmethod
     def options(module: Any) -> tuple[Any, ...]:
-        """The module's settings, as constants."""
+        """What forward and backward must know of the module beside its parameters."""
         return ()
 
     @staticmethod
@@ -66,10 +72,23 @@ def rule(*kinds: type[nn.Module]):
 
 
 def find(module: nn.Module) -> type[Rule] | None:
-    """The rule written for this module's own `forward`, or None."""
-    for kind in type(module).__mro__:
-        if kind in RULES:
-            return RULES[kind] if type(module).forward is kind.forward else None
+    """The rule written for what this module computes, or None. Raises: CoverageError if its parameters were renamed."""
+    kinds = type(module).__mro__
+    for i, kind in enumerate(kinds):
+        if kind not in RULES:
+            continue
+        overridden = {name for cls in kinds[:i] for name in cls.__dict__ if name in COMPUTES}
+        if overridden:
+            return None
+        found = RULES[kind]
+        strangers = set(module._parameters) - set(found.parameters)
+        if strangers:
+            raise refuse(
+                module,
+                f"a hook computes its parameters from '{min(strangers)}' before each forward (old weight_norm, prune)",
+                "Use torch.nn.utils.parametrizations",
+            )
+        return found
     return None
 
 
@@ -90,3 +109,11 @@ def refuse_coupling(module: nn.Module) -> None:
 
 def refuse(module: nn.Module, reason: str, way_out: str) -> CoverageError:
     return CoverageError(f"{type(module).__name__}: {reason}. {way_out}")
+
+
+def checked(name: str, check: Callable[[Any], None], module: nn.Module) -> None:
+    """Runs a check, which knows the kind of the module it refuses but not its name."""
+    try:
+        check(module)
+    except CoverageError as error:
+        raise CoverageError(f"module '{name}': {error}") from None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+
 import numpy as np
 
 from experiments.invariance import Comparison
-from experiments.record import Record
+from experiments.record import FILE, Record
+from experiments.report import Description, environment
 
 BATCH_SIZES = (1, 4, 16, 64, 256)
 EXAMPLES = [0, *np.unique(np.geomspace(1, 128, 20).astype(int) * 256).tolist()]
@@ -54,3 +58,20 @@ def study(*, seeds: int = 3, batch_sizes: tuple[int, ...] = BATCH_SIZES) -> list
                     result.examples = EXAMPLES
                     records.append(result)
     return records
+
+
+def write(directory: Path, records: list[Record]) -> Path:
+    """The directory of a study as it is when all runs are done, before the report is made."""
+    runs = []
+    for i, result in enumerate(records):
+        runs.append(f"runs/{i}")
+        (directory / runs[-1]).mkdir(parents=True)
+        result.save(directory / runs[-1] / FILE)
+    compared = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(COMPARISON).items()}
+    Description(
+        config={"name": "synthetic", "study": {"note": "A short version.", **compared}},
+        runs=runs,
+        command="python -m experiments.train experiment=demo 'name=a b'",
+        environment=environment(threads=1),
+    ).save(directory)
+    return directory

@@ -1,12 +1,13 @@
 import io
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import figure
-from experiments.invariance import Analysis, analyse
+from experiments.invariance import Analysis, analyse, best_baseline
 from tests.experiments.synthetic import COMPARISON, study
 
 
@@ -54,13 +55,25 @@ def test_the_dark_figure_has_a_dark_background(analysis: Analysis):
 def test_best_baseline_is_the_lowest_at_matched_loss(analysis: Analysis):
     # SGD has the lower score at its tuned lr, but does not reach the loss.
     assert analysis.point.score[4] < analysis.point.score[3]
-    assert analysis.grid.methods[figure.best_baseline(analysis)] == "square_root"
+    assert analysis.grid.methods[best_baseline(analysis)] == "square_root"
 
 
 def test_with_the_reference_as_the_only_baseline_there_are_two_panels():
     records = [r for r in study() if r.method in ("ours", "ours_r1", "adam")]
     titles = [axes.get_title("left") for axes in figure.draw(analyse(records, COMPARISON)).axes]
     assert titles[:2] == ["Adam", "Ours"]
+
+
+def test_more_methods_than_colours_are_told_apart():
+    records = [
+        replace(r, method=f"{r.method}{i}", label=f"{r.label} {i}")
+        for r in study(seeds=1)
+        for i in range({"ours": 5, "adam": 1}.get(r.method, 3))
+    ]
+    compared = replace(COMPARISON, ours=tuple(f"ours{i}" for i in range(5)), reference="adam0")
+    legend = figure.draw(analyse(records, compared)).axes[-1].get_legend()
+    appearances = {(line.get_color(), line.get_marker()) for line in legend.get_lines()}
+    assert len(appearances) == len({r.method for r in records}) == 15
 
 
 def test_one_seed_draws_no_floor():

@@ -9,9 +9,9 @@ from experiments.errors import UserError
 from experiments.models import build_model
 
 CASES = {
-    "linear": (MLPConfig("mlp", [], Normalisation.none), (1, 8, 8), 650),
-    "mlp": (MLPConfig("mlp", [16, 4], Normalisation.none), (64,), 64 * 16 + 16 + 16 * 4 + 4 + 4 * 10 + 10),
-    "normalised": (MLPConfig("mlp", [16], Normalisation.layer), (64,), 64 * 16 + 16 + 32 + 170),
+    "linear": (MLPConfig("mlp", [], Normalisation.none, dropout=0.0), (1, 8, 8), 650),
+    "mlp": (MLPConfig("mlp", [16, 4], Normalisation.none, dropout=0.0), (64,), 64 * 16 + 16 + 16 * 4 + 4 + 4 * 10 + 10),
+    "normalised": (MLPConfig("mlp", [16], Normalisation.layer, dropout=0.0), (64,), 64 * 16 + 16 + 32 + 170),
     "convnet": (
         ConvnetConfig("convnet", [4, 8], 2),
         (3, 9, 12),
@@ -38,6 +38,7 @@ def test_classifies_each_example_by_itself(case: str) -> None:
         (ConvnetConfig("convnet", [4], 2), (64,), r"model=convnet needs images, .* shape \(64,\)"),
         (ConvnetConfig("convnet", [4, 6], 4), (1, 8, 8), "model.groups=4 does not divide 6"),
         (ConvnetConfig("convnet", [4] * 4, 4), (1, 8, 8), "halves the image 4 times, and it has 8 x 8"),
+        (MLPConfig("mlp", [8], Normalisation.none, dropout=1.0), (64,), "model.dropout=1.0 must be"),
         (ModelConfig("transformer"), (64,), "model.name=transformer is unknown"),
     ],
 )
@@ -46,7 +47,7 @@ def test_refuses_what_it_cannot_build(config: ModelConfig, shape: tuple[int, ...
         build_model(config, shape, 10)
 
 
-def test_normalisation_precedes_every_activation() -> None:
-    model = build_model(MLPConfig("mlp", [8, 8], Normalisation.layer), (4,), 2)
+def test_normalisation_precedes_every_activation_and_dropout_follows_it() -> None:
+    model = build_model(MLPConfig("mlp", [8, 8], Normalisation.layer, dropout=0.5), (4,), 2)
     kinds = [type(layer) for layer in model.children()]
-    assert kinds == [nn.Flatten, *[nn.Linear, nn.LayerNorm, nn.ReLU] * 2, nn.Linear]
+    assert kinds == [nn.Flatten, *[nn.Linear, nn.LayerNorm, nn.ReLU, nn.Dropout] * 2, nn.Linear]

@@ -13,7 +13,7 @@ from rich.console import Console
 from experiments import record, report
 from experiments.errors import UserError
 from experiments.findings import Estimate
-from tests.experiments.synthetic import COMPARISON, study
+from tests.experiments.synthetic import study, write
 
 VOID = {"meta", "link", "source", "img", "br"}
 
@@ -44,29 +44,10 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("study")
-    runs = []
-    for i, result in enumerate(study()):
+    records = study()
+    for result in records:
         result.label = "Adam, <fixed>" if result.method == "adam" else result.label
-        runs.append(f"runs/{i}")
-        (directory / runs[-1]).mkdir(parents=True)
-        result.save(directory / runs[-1] / record.FILE)
-    report.Description(
-        config={
-            "name": "synthetic",
-            "study": {
-                "note": "A short version.",
-                "ours": list(COMPARISON.ours),
-                "reference": COMPARISON.reference,
-                "tuning_batch_size": COMPARISON.tuning_batch_size,
-                "score_batch_sizes": list(COMPARISON.score_batch_sizes),
-            },
-        },
-        runs=runs,
-        command="python -m experiments.train experiment=demo 'name=a b'",
-        environment=report.environment(threads=1),
-    ).save(directory)
-    return directory
+    return write(tmp_path_factory.mktemp("study"), records)
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +142,16 @@ def test_an_unfinished_study_is_a_user_error(directory: Path, tmp_path: Path):
 @pytest.mark.parametrize("arguments", [[], ["nowhere"], ["a", "b"]])
 def test_wrong_arguments_end_with_one_line(arguments: list[str], monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report", *arguments])
-    assert report.main() == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: ") and "the directory of a study" in line
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "background"), [(1, (255, 255, 255)), (0, (0x15, 0x19, 0x1E))])
 def test_in_a_browser(directory: Path, outcome: report.Outcome, tmp_path: Path, scheme: int, background):
-    """In both colour schemes page and figure have its background, and the page is wider than no window."""
+    """In both colour schemes page and figure have its background."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs chromium on the PATH")

@@ -2,28 +2,29 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments import record, study
-from experiments.config import Config, fingerprint
+from experiments.config import Config, StudyConfig, fingerprint
 from experiments.errors import UserError
 from experiments.record import Record
 from experiments.report import Description
 from experiments.study import is_finished, plan, read_study, run_study
 
-SETTING = {
-    "note": "",
-    "ours": ["batch_invariant_adam"],
-    "baselines": ["adam", "sgd_linear"],
-    "reference": "adam",
-    "tuning_batch_size": 16,
-    "lr_multipliers": [0.5, 1.0],
-    "batch_sizes": [16, 64],
-    "score_batch_sizes": [16, 64],
-    "seeds": [0],
-    "workers": 1,
-}
+SETTING = StudyConfig(
+    note="",
+    ours=["batch_invariant_adam"],
+    baselines=["adam", "sgd_linear"],
+    reference="adam",
+    tuning_batch_size=16,
+    lr_multipliers=[0.5, 1.0],
+    batch_sizes=[16, 64],
+    score_batch_sizes=[16, 64],
+    seeds=[0],
+    workers=1,
+)
 Make = Callable[..., Config]
 
 
@@ -32,8 +33,8 @@ def config(short: Make) -> Config:
     return dataclasses.replace(short("train.epochs=0.5"), name="small", study=SETTING)
 
 
-def changed(config: Config, **values: object) -> Config:
-    return dataclasses.replace(config, study=SETTING | values)
+def changed(config: Config, **values: Any) -> Config:
+    return dataclasses.replace(config, study=dataclasses.replace(SETTING, **values))
 
 
 def runs_of(config: Config, directory: Path) -> list[Config]:
@@ -64,15 +65,17 @@ def test_all_is_tuned_at_one_batch_size_and_tracked_in_one_group(config: Config,
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sedes": [0]}, "sedes"),
-        ({"seeds": "many"}, "seeds"),
+        ({"seeds": []}, r"study.seeds: \[\] must have one value or more"),
+        ({"ours": []}, r"study.ours: \[\] must have one value or more"),
+        ({"batch_sizes": [16, 64, 16]}, r"study.batch_sizes: .* each of them once"),
+        ({"baselines": ["adam", "batch_invariant_adam"]}, "study.ours and study.baselines: .* each of them once"),
         ({"score_batch_sizes": [16]}, "two batch sizes or more"),
         ({"score_batch_sizes": [1, 16]}, r"score_batch_sizes has \[1\]"),
         ({"tuning_batch_size": 4}, r"tuning_batch_size has \[4\]"),
         ({"reference": "adam_linear"}, r"reference has \['adam_linear'\]"),
     ],
 )
-def test_a_wrong_study_is_a_user_error(config: Config, values: dict[str, object], message: str):
+def test_a_wrong_study_is_a_user_error(config: Config, values: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         read_study(changed(config, **values))
 
@@ -141,14 +144,14 @@ def test_the_studies_of_the_configuration_can_be_planned(short: Make, tmp_path: 
     config = short(f"experiment={name}")
     planned = runs_of(config, tmp_path)
     assert runs is None or len(planned) == runs
-    assert bool(config.study["note"]) == (name == "demo")
+    assert config.study is not None and bool(config.study.note) == (name == "demo")
     shared = math.lcm(*(run.train.batch_size for run in planned))
     assert config.evaluation.multiple % shared == 0  # so that all batch sizes are evaluated at the same counts
 
 
 @pytest.mark.slow
 def test_in_processes_with_the_tracker(short: Make, tmp_path: Path):
-    config = dataclasses.replace(short("tracker=wandb"), name="small", study=SETTING | {"workers": 2})
+    config = dataclasses.replace(short("tracker=wandb"), name="small", study=dataclasses.replace(SETTING, workers=2))
     run_study(config, tmp_path)
     assert len(list(tmp_path.glob("runs/*/wandb/offline-run-*"))) == 12
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def test_a_record_says_what_was_run(short: Compose, tmp_path: Path) -> None:
     assert (result.method, result.lr, result.batch_size, result.seed) == ("adam", config.optimizer.lr, 64, 3)
     assert result.status == "finished" and result.examples[0] == 0 and result.examples[-1] == 2816
     assert result.train_loss[0] == pytest.approx(2.3, abs=0.1)  # ln 10: the initial model knows nothing
-    assert result.train_loss[-1] < 0.5 and result.test_accuracy[-1] > 0.85
+    assert result.train_loss[-1] < 0.6 and result.test_accuracy[-1] > 0.85
     assert set(result.examples) <= {examples for examples, _ in seen} and {total for _, total in seen} == {2816}
 
 
@@ -137,7 +138,7 @@ def test_default_charts_and_detail(short: Compose, tmp_path: Path) -> None:
 
     train(short(*options, "tracker.detail=true", "optimizer=adam"), tmp_path / "detail")
     (detail, *_) = reversed(logged(tmp_path / "detail"))
-    assert charts | {"layers/1/gradient_norm", "layers/3/signal_to_noise", "norms/1.weight.values"} <= set(detail)
+    assert charts | {"layers/1/gradient_norm", "layers/4/signal_to_noise", "norms/1.weight.values"} <= set(detail)
     assert sum(detail["norms/whole gradient.values"]) == 16
 
 
@@ -146,6 +147,22 @@ def logged(directory: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     return [entry["history"]["item"] for entry in map(json.loads, lines) if entry["type"] == "history"]
+
+
+def test_the_runs_of_a_sweep_are_in_one_group_with_their_overrides_as_tags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Config] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_module, "run", lambda config, directory, shown: seen.append(config))
+    for options in ([], ["directory=mine"], ["tracker.group=own"]):
+        arguments = ["-m", "name=digits", "seed=0,1", f"data.path={'x' * 80}", *options]
+        monkeypatch.setattr(sys, "argv", ["experiments.train", *arguments])
+        train_module.main()
+    groups = [config.tracker.group for config in seen]
+    assert groups[0] == groups[1] and re.fullmatch(r"digits 20\d\d-\d\d-\d\d_\d\d-\d\d-\d\d", groups[0] or "")
+    assert groups[2:] == ["digits mine"] * 2 + ["own"] * 2
+    assert [config.tracker.tags for config in seen[:2]] == [["seed=0"], ["seed=1"]]
 
 
 def test_interrupting_says_how_to_continue(launch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,6 +281,28 @@ def test_layer_skipped_by_a_micro_batch():
         torch.testing.assert_close(handle.second_moment["b.weight"].sum(), total)
 
 
+def test_zero_forgets(setting):
+    model, x, y, expected, handle = setting
+    step(model, x, y)
+    handle.zero()
+    assert handle.batch_size == 0
+    with pytest.raises(MissingStatistic, match="last zeroed"):
+        handle.second_moment["0.weight"]
+    model.zero_grad()
+    step(model, x, y)
+    assert exact(handle, expected)
+
+
+def test_functional_use_alone_while_accumulating_is_refused(setting):
+    """The second micro-batch reaches the weight, but not through its layer."""
+    model, x, y, _, handle = setting
+    step(model, x, y)
+    hidden = model[1](model[0](x))
+    with pytest.raises(CoverageError, match=r"'2.(weight|bias)'"):
+        (F.linear(hidden, model[2].weight).sum() + model[2].bias.sum()).backward()
+    assert handle.batch_size
+
+
 def test_detach_leaves_the_model_as_it_was():
     model = nn.Sequential(
         nn.Linear(4, 3), nn.BatchNorm1d(3).eval(), nn.TransformerEncoderLayer(3, 1, 4, batch_first=True)
@@ -367,7 +389,7 @@ def test_set_up_errors():
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)), "nn.GroupNorm"),
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)), "module '1': .*nn.GroupNorm"),
         (lambda: nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, affine=False)), "nn.GroupNorm"),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)).eval(), "nn.GroupNorm"),
         (lambda: nn.InstanceNorm2d(2, affine=True, track_running_stats=True), "track_running_stats=False"),

@@ -140,6 +140,15 @@ def test_low_precision_parameters(dtype):
     torch.testing.assert_close(q, torch.full((4, 8), 9 * 300.0**2))
 
 
+@pytest.mark.parametrize("strength", [1.0, 1e-6])
+def test_a_penalty_is_seen_however_small(strength):
+    model = nn.Linear(8, 4)
+    attach(model)
+    loss = model(torch.randn(3, 8)).sum() + strength * model.weight.square().sum()
+    with pytest.raises(gradstats.CoverageError, match="outside of its layer"):
+        loss.backward()
+
+
 def test_double_backward_is_refused():
     model = nn.Linear(3, 1)
     attach(model)

@@ -29,6 +29,28 @@ def test_frozen_parameters_are_left_out():
     assert set(per_example_gradients(model, lambda o, y: o.mean(), torch.randn(5, 4), None)) == {"weight"}
 
 
+@pytest.mark.parametrize(
+    ("model", "x", "match"),
+    [
+        (nn.MultiheadAttention(4, 2), tuple(torch.randn(5, 3, 4) for _ in range(3)), "batch_first=True"),
+        (nn.LSTM(4, 2, batch_first=True), torch.randn(5, 3, 4), "batching rule"),
+        (nn.Bilinear(5, 5, 2), (torch.randn(5, 5), torch.randn(5, 5)), "square shared by all"),
+    ],
+)
+def test_what_attach_refuses_is_refused(model, x, match):
+    with pytest.raises(CoverageError, match=match):
+        per_example_gradients(model, lambda o, y: o[0].mean(), x, None)
+
+
+def test_none_among_the_outputs():
+    model = nn.MultiheadAttention(4, 2, batch_first=True)
+    x = torch.randn(5, 3, 4)
+    inputs = {"query": x, "key": x, "value": x, "need_weights": False}
+    g = per_example_gradients(model, lambda o, y: o[0].square().mean(), inputs, None)
+    model(**inputs)[0].square().mean().backward()
+    torch.testing.assert_close(g["in_proj_weight"].mean(0), model.in_proj_weight.grad)
+
+
 def test_batch_norm_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     with pytest.raises(CoverageError, match="GroupNorm"):

@@ -7,8 +7,9 @@ from torch import nn
 
 import gradstats
 from gradstats import VerificationError
+from gradstats.account import Account
 from gradstats.contribution import Dense, OuterSum, Streamed
-from gradstats.leaf import Leaf
+from gradstats.lifetime import Lifetime
 from gradstats.rules.linear import Linear
 from gradstats.statistics import SecondMoment
 
@@ -59,6 +60,16 @@ def test_finds_a_wrong_scale(problem, monkeypatch):
         gradstats.verify(*problem, loss_reduction="sum")
 
 
+def forget_uses(self, title, accounts, n, generation):
+    """A lifetime that takes a second use of a layer for the first."""
+    for account in accounts:
+        account.generations.clear()
+    original_begin_backward(self, title, accounts, n, generation)
+
+
+original_begin_backward = Lifetime.begin_backward
+
+
 def test_finds_a_missing_cross_term(monkeypatch):
     """One layer called twice, with the guards against it taken down: squares of the uses are added."""
 
@@ -71,8 +82,8 @@ def test_finds_a_missing_cross_term(monkeypatch):
             return self.layer(self.layer(x).tanh())
 
     problem = Twice(), F.cross_entropy, torch.randn(5, 4), torch.randint(0, 4, (5,))
-    monkeypatch.setattr(Leaf, "account", lambda self, name, incoming: None)
-    monkeypatch.setattr(Leaf, "record", lambda self, call, gradients, shadows: self.handle.sizes.update({0: 5}))
+    monkeypatch.setattr(Account, "_arrives", lambda self, incoming: None)
+    monkeypatch.setattr(Lifetime, "begin_backward", forget_uses)
     with pytest.raises(VerificationError, match="layer"):
         gradstats.verify(*problem, statistics=("second_moment",))
 

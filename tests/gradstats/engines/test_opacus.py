@@ -1,11 +1,13 @@
 """Opacus as a cross-check: over a life of several steps, and where it does not follow."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradstats import CoverageError, MissingStatistic, attach
+from gradstats import CoverageError, GradstatsError, LifetimeError, MissingStatistic, attach, attached
 from tests import oracle
 
 
@@ -52,3 +54,32 @@ def test_evaluation_mode_is_refused(setting):
 def test_batch_norm_is_refused():
     with pytest.raises(CoverageError, match="GroupNorm"):
         attach(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), engine="opacus")
+
+
+def test_gradient_changed_after_the_backward_is_refused_where_it_matters(setting):
+    model, x, y, _ = setting
+    handle = attach(model, "variance", engine="opacus")
+    F.cross_entropy(model(x), y).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    with pytest.raises(LifetimeError, match="changed in place"):
+        handle.variance["3.weight"]
+
+
+def test_contract_of_a_handle(setting):
+    """Found again, not attached twice, refused where it cannot follow, and named in the table."""
+    model, x, y, _ = setting
+    handle = attach(model, engine="opacus")
+    assert attached(model) is handle
+    with pytest.raises(GradstatsError, match="attached already"):
+        attach(model, engine="opacus")
+    with pytest.raises(GradstatsError, match="cannot be copied"):
+        copy.deepcopy(model)
+    with pytest.raises(GradstatsError, match="two forwards"):
+        handle.new_examples()
+    assert "3.weight   (3, 12)    Opacus" in handle.coverage()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(MissingStatistic, match="attach\\(model, 'norms'"):
+        handle.norms["3.weight"]
+    handle.zero()
+    with pytest.raises(MissingStatistic, match="backward"):
+        handle.second_moment["3.weight"]

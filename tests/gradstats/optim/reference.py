@@ -29,16 +29,17 @@ class Adam:
         if self.r > b:
             before = self.m if self.e > b else m
             v = q / self.r + (1 - 1 / self.r) * m * before
-            self.e_q += b
-            w3 = self.weight(self.betas[1], b, self.e_q)
-            self.q = (1 - w3) * self.q + w3 * q
         elif b == 1:
             v = q
         else:
             v = m.square() + (1 / self.r - 1 / b) * g.var(0)
+        if self.r > b or self.e_q:
+            self.e_q += b
+            w3 = self.weight(self.betas[1], b, self.e_q)
+            self.q = (1 - w3) * self.q + w3 * q
         self.s = (1 - w2) * self.s + w2 * v
         self.m = (1 - w1) * self.m + w1 * m
-        s = torch.maximum(self.s, self.q / self.r) if self.r > b else self.s
+        s = torch.maximum(self.s, self.q / self.r) if self.e_q else self.s
         self.p = self.p * (1 - self.lr * self.decay) ** (b / self.b0)
         self.p = self.p - b / self.b0 * self.lr * self.m / (s.sqrt() + self.eps)
         return self.p

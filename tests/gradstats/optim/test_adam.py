@@ -202,13 +202,13 @@ def test_max_norm_bounds_the_running_average_over_all_groups():
     model, x, y = problem()
     attach(model)
     groups = [{"params": model[0].parameters()}, {"params": [*model[2].parameters(), *model[3].parameters()]}]
-    # eps = 1 and s ~ 0 make the step lr m~: its norm is lr max_norm when the bound is active.
-    optimizer = BatchInvariantAdam(groups, lr=1e-6, eps=1e6, batch_size=16, max_norm=1e-3)
+    # eps far above sqrt(s) makes the step lr m~ / eps: its norm is lr max_norm / eps when the bound is active.
+    optimizer = BatchInvariantAdam(groups, lr=1.0, eps=1e3, batch_size=16, max_norm=1e-3)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     after = train(model, optimizer, x, y, [16])
     norm = torch.cat([s["exp_avg"].flatten() for s in optimizer.state.values()]).norm()
     assert norm > 1e-3
-    torch.testing.assert_close((after - before).norm(), torch.tensor(1e-6 * 1e-3 / 1e6, dtype=D), rtol=1e-3, atol=0)
+    torch.testing.assert_close((after - before).norm(), torch.tensor(1e-3 / 1e3, dtype=D), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("r", [1, 64])
@@ -346,6 +346,15 @@ def test_missing_and_changed_statistics_are_refused():
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     with pytest.raises(LifetimeError, match="max_norm"):
         optimizer.step()
+
+
+def test_decay_above_one_is_refused():
+    """A negative factor has no power B/batch_size."""
+    model, x, y = problem()
+    attach(model)
+    optimizer = BatchInvariantAdam(model.parameters(), lr=2.0, weight_decay=0.6, batch_size=16)
+    with pytest.raises(GradstatsError, match="weight_decay = 0.6"):
+        train(model, optimizer, x, y, [4])
 
 
 @pytest.mark.parametrize(
