@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from math import prod
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from experiments.config import ConvnetConfig, MLPConfig, ModelConfig, Normalisation
 from experiments.errors import UserError
@@ -27,6 +28,19 @@ def build_model(config: ModelConfig, shape: tuple[int, ...], classes: int) -> nn
             raise UserError(f"model.name={config.name} is unknown: choose model=mlp or model=convnet")
 
 
+class StreamDropout(nn.Dropout):
+    """Dropout whose mask belongs to the position in the stream of examples, as the example itself does.
+
+    On the CPU, torch.rand draws number after number: a batch of 4 gets the masks of 4 batches of 1, where nn.Dropout
+    draws for a whole batch at once. Runs that differ in the batch size alone share masks as they share examples.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * (torch.rand_like(x) >= self.p) / (1 - self.p)
+
+
 def mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> nn.Sequential:
     if not 0 <= config.dropout < 1:
         raise UserError(f"model.dropout={config.dropout} must be at least 0 and less than 1")
@@ -38,7 +52,7 @@ def mlp(config: MLPConfig, shape: tuple[int, ...], classes: int) -> nn.Sequentia
             layers.append(nn.LayerNorm(outputs))
         layers.append(nn.ReLU())
         if config.dropout > 0:
-            layers.append(nn.Dropout(config.dropout))
+            layers.append(StreamDropout(config.dropout))
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from experiments.config import ConvnetConfig, MLPConfig, ModelConfig, Normalisation
 from experiments.errors import UserError
-from experiments.models import build_model
+from experiments.models import StreamDropout, build_model
 
 CASES = {
     "linear": (MLPConfig("mlp", [], Normalisation.none, dropout=0.0), (1, 8, 8), 650),
@@ -50,4 +50,17 @@ def test_refuses_what_it_cannot_build(config: ModelConfig, shape: tuple[int, ...
 def test_normalisation_precedes_every_activation_and_dropout_follows_it() -> None:
     model = build_model(MLPConfig("mlp", [8, 8], Normalisation.layer, dropout=0.5), (4,), 2)
     kinds = [type(layer) for layer in model.children()]
-    assert kinds == [nn.Flatten, *[nn.Linear, nn.LayerNorm, nn.ReLU, nn.Dropout] * 2, nn.Linear]
+    assert kinds == [nn.Flatten, *[nn.Linear, nn.LayerNorm, nn.ReLU, StreamDropout] * 2, nn.Linear]
+
+
+def test_dropout_masks_belong_to_the_stream_not_to_the_batch() -> None:
+    """One batch of 12 and batches of 1, 4 and 7 see the same masks; evaluation draws none."""
+    layer, x = StreamDropout(0.5), torch.ones(12, 33)
+    torch.manual_seed(0)
+    whole = layer(x)
+    torch.manual_seed(0)
+    parts = torch.cat([layer(rows) for rows in x.split([1, 4, 7])])
+    assert torch.equal(whole, parts)
+    assert set(whole.unique().tolist()) == {0.0, 2.0}
+    state = torch.get_rng_state()
+    assert torch.equal(layer.eval()(x), x) and torch.equal(state, torch.get_rng_state())
