@@ -1,13 +1,18 @@
-"""Writes the results of a study into the README: what stands between its markers, and the figure.
+"""Writes measured results into the README: what stands between its markers, and the figure.
 
 python -m experiments.readme outputs/batch_size_invariance
+
+The study's tables and findings come from that directory; the price table from outputs/benchmark.json, where
+`python -m experiments.benchmark` has written one.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,7 +24,7 @@ from experiments.tables import Table
 
 README = Path("README.md")
 FIGURE = Path("docs/batch_size_invariance.png")
-MARKERS = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- /results -->)", re.DOTALL)
+BENCHMARK = Path("outputs/benchmark.json")
 
 
 def markdown(table: Table) -> str:
@@ -45,17 +50,35 @@ def section(outcome: Outcome, description: report.Description) -> str:
     return "\n\n".join(parts)
 
 
+def price(measured: dict[str, Any]) -> str:
+    """The benchmark's table: a step with statistics over the plain step."""
+    machine = ", ".join(f"{key} {value}" for key, value in measured["machine"].items())
+    lines = ["| workload | statistics | ratio to the plain step | quartiles | steps |", "|---|---|---|---|---|"]
+    for m in measured["results"]:
+        between = f"{m['lower']:.2f} to {m['upper']:.2f}"
+        lines.append(f"| {m['workload']} | {m['statistics']} | {m['ratio']:.2f} | {between} | {m['steps']} |")
+    return "\n".join([*lines, "", f"Measured on: {machine}."])
+
+
+def fill(text: str, name: str, written: str) -> str:
+    """Replaces what stands between the markers called `name`. Raises: UserError if there are none."""
+    markers = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not markers.search(text):
+        raise UserError(f"{README} has no lines '<!-- {name}: ... -->' and '<!-- /{name} -->' to write between")
+    return markers.sub(lambda m: f"{m[1]}{written}\n{m[2]}", text)
+
+
 def write(directory: Path) -> None:
     """Make the report again, and bring README and figure up to date."""
     if not README.exists():
         raise UserError(f"there is no {README} here: run this where it lies")
-    text = README.read_text(encoding="utf-8")
-    if not MARKERS.search(text):
-        raise UserError(f"{README} has no lines '<!-- results: ... -->' and '<!-- /results -->' to write between")
+    text = fill(README.read_text(encoding="utf-8"), "results", "")  # markers first: the analysis takes a while
     outcome = report.remake(directory, Console(quiet=True))
-    written = section(outcome, report.Description.load(directory))
+    text = fill(text, "results", section(outcome, report.Description.load(directory)))
+    if BENCHMARK.exists():
+        text = fill(text, "price", price(json.loads(BENCHMARK.read_text())))
     with atomic_write(README) as file:
-        file.write(MARKERS.sub(lambda m: f"{m[1]}{written}\n{m[2]}", text).encode())
+        file.write(text.encode())
     FIGURE.parent.mkdir(exist_ok=True)
     shutil.copyfile(outcome.figure, FIGURE)
     print(f"written: {README}, {FIGURE}")
