@@ -217,7 +217,8 @@ def test_a_last_step_that_breaks_the_parameters_is_no_checkpoint(short: Compose,
 @COMPILES
 @pytest.mark.parametrize("method", ["adam", "batch_invariant_adam"])
 def test_compiled_runs_match(method: str, short: Compose, tmp_path: Path) -> None:
-    options = [f"optimizer={method}", "train.batch_size=64"]
+    # Without dropout: the compiler draws its random numbers in another way.
+    options = [f"optimizer={method}", "train.batch_size=64", "model.dropout=0"]
     plain = train(short(*options), tmp_path / "plain")
     compiled = train(short(*options, "hardware.compile=true"), tmp_path / "compiled")
     assert compiled.train_loss == pytest.approx(plain.train_loss, rel=1e-3)
