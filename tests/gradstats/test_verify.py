@@ -12,6 +12,7 @@ from gradstats.contribution import Dense, OuterSum, Streamed
 from gradstats.lifetime import Lifetime
 from gradstats.rules.linear import Linear
 from gradstats.statistics import SecondMoment
+from tests.gradstats.rules.test_fallback import Twice
 
 
 class Sequence(nn.Module):
@@ -72,15 +73,6 @@ original_begin_backward = Lifetime.begin_backward
 
 def test_finds_a_missing_cross_term(monkeypatch):
     """One layer called twice, with the guards against it taken down: squares of the uses are added."""
-
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.layer(self.layer(x).tanh())
-
     problem = Twice(), F.cross_entropy, torch.randn(5, 4), torch.randint(0, 4, (5,))
     monkeypatch.setattr(Account, "_arrives", lambda self, incoming: None)
     monkeypatch.setattr(Lifetime, "begin_backward", forget_uses)
