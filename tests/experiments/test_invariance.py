@@ -3,7 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.invariance import Comparison, analyse, arrange, match, measure, out_of_reach, scores, spread, tune
+from experiments.grid import arrange
+from experiments.invariance import Comparison, analyse, match, measure, out_of_reach, scores, spread, tune
 from tests.experiments.synthetic import COMPARISON, record, study
 
 TWO = Comparison(ours=("a",), reference="b", tuning_batch_size=4, score_batch_sizes=(1, 4))
