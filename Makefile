@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 setup: .venv/.installed
 
-# Exact versions from constraints.txt: an open range would bring the newest torch, with gigabytes of CUDA libraries.
+# Exact versions from constraints.txt, on which the tests passed; torch first, so that nothing else chooses its version.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gradstats needs Python 3.11 or newer; set PYTHON=...")'
 	$(PYTHON) -m venv .venv

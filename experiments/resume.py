@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def restore(config: Config, directory: Path, parts: dict[str, Any], device: torc
     for name, part in parts.items():
         part.load_state_dict(state[name])
     checkpoint.restore_random_state(state["random"], device)
-    return Record(**state["record"]), state["run_id"]
+    result = Record(**state["record"])
+    print(f"continuing from {path} at {state['sampler']['position']:,} examples", file=sys.stderr)
+    return result, state["run_id"]
 
 
 def save(

@@ -129,7 +129,7 @@ class Handle(ABC):
         for need in needs:
             if need not in self.needs:
                 entries = [s.name for s in STATISTICS.values() if need in s.needs]
-                raise MissingStatistic(f"'{need}' was not collected: attach(model, {entries[0]!r}, ...)")
+                raise MissingStatistic(f"{entries[0]!r} was not collected: attach(model, {entries[0]!r}, ...)")
         sums, size = self.sums(name, needs)
         gradient = self.parameters()[name].grad if needs_gradient else None
         if gradient is not None and not self.untouched(name):

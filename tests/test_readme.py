@@ -16,6 +16,7 @@ COMMANDS = [line.partition(" #")[0].strip() for kind, block in BLOCKS if kind ==
 
 # Run elsewhere, or not runnable without what a test must not have.
 ELSEWHERE = {
+    "source .venv/bin/activate": "of the shell that types it; the clone test makes that environment",
     "make demo": "test_make_demo_in_an_empty_clone",
     "make test": "is what runs the tests",
     "python -m experiments.train experiment=demo": "what make demo runs",
