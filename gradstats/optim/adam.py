@@ -38,7 +38,7 @@ class StepScalars:
 
     @property
     def across_steps(self) -> bool:
-        return self.reference > max(self.batch_size, 1)
+        return self.reference > self.batch_size
 
 
 class BatchInvariantAdam(Optimizer):
