@@ -7,23 +7,35 @@ difference is gradient that the statistics have not seen, and is refused rather 
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gradstats.contribution import accumulation_dtype
 from gradstats.errors import CoverageError, LifetimeError
-from gradstats.statistics import SUMS
+from gradstats.sums import SUMS
 
 if TYPE_CHECKING:
+    from gradstats.contribution import Contribution
     from gradstats.engines.fused import FusedHandle
+    from gradstats.joint import Looked
 
 
-def shadow(shape: tuple[int, ...], like: Tensor) -> Tensor:
+@dataclass
+class Uses:
+    """The uses of one parameter by one forward, or by one recomputed part of it."""
+
+    name: str
+    whole: int = 0  # uses that touch all rows of the parameter
+    ids: list[Tensor] = field(default_factory=list)  # (n, t) rows that each of the others touches
+    parts: list[Contribution | Looked] = field(default_factory=list)  # of the uses backpropagated so far
+    units: int = 0  # how many contributions were squared: examples, unless another granularity was asked for
+
+
+def shadow(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
     """Zeros of the given shape without memory, a leaf of autograd."""
-    zero = torch.zeros((), dtype=accumulation_dtype(like.dtype), device=like.device)
-    return zero.expand(shape).requires_grad_()
+    return torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
 
 
 class Account:
@@ -31,12 +43,14 @@ class Account:
 
     def __init__(self, handle: FusedHandle, module: nn.Module, attribute: str, name: str):
         self.handle, self.holder, self.attribute, self.name = handle, module._parameters, attribute, name
+        self.uses: int | None = None  # in one forward, as the probe found
         self._forget()
 
     def _forget(self) -> None:
         self.shadows: dict[str, Tensor] = {}  # by sum, those shaped like the parameter
-        self.example_shadows: dict[str, list[tuple[int, Tensor]]] = {}  # (generation, shadow) of every use
+        self.steps: dict[str, dict[int, Tensor]] = {}  # other sums, by generation
         self.generations: set[int] = set()  # backpropagated in this window
+        self.units: dict[int, int] = {}  # what was squared in each of them: examples, or positions, or groups
         self.first = 0  # the first generation that counts
         self.backward_pass = -1
         self.unseen = False  # p.grad holds gradient that the statistics do not
@@ -49,7 +63,7 @@ class Account:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of an attached model has seen nothing yet."""
-        return {key: getattr(self, key) for key in ("handle", "holder", "attribute", "name")}
+        return {key: getattr(self, key) for key in ("handle", "holder", "attribute", "name", "uses")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -70,24 +84,21 @@ class Account:
 
     # Forward
 
-    def shadow_of(self, kind: str, n: int) -> Tensor:
-        """The shadow of one sum, for a use by n examples."""
+    def shadow_of(self, kind: str) -> Tensor:
+        """The shadow of a sum shaped like the parameter."""
+        p, dtype = self.parameter, SUMS[kind].dtype(self.parameter.dtype)
+        found = self.shadows.get(kind)
+        if found is None or (found.shape, found.device, found.dtype) != (p.shape, p.device, dtype):
+            found = self.shadows[kind] = shadow(tuple(p.shape), dtype, p.device)
+        return found
+
+    def follow(self) -> None:
+        """Hooks the parameter; it may have been replaced since the last use."""
         p = self.parameter
         if self._subject is not p:
             self._follow(p)
-        if SUMS[kind] == "example":
-            return shadow((n,), p)
-        found = self.shadows.get(kind)
-        if (
-            found is None
-            or (found.shape, found.device) != (p.shape, p.device)
-            or found.dtype != accumulation_dtype(p.dtype)
-        ):
-            found = self.shadows[kind] = shadow(tuple(p.shape), p)
-        return found
 
     def _follow(self, p: nn.Parameter) -> None:
-        """Hooks the parameter; it may have been replaced since the last use."""
         self.close()
         self._subject = p
         # Weak, since Python's collector does not see through this kind of hook: the model would never be freed.
@@ -100,13 +111,16 @@ class Account:
 
     # Backward
 
-    def record(self, generation: int, gradient: Tensor, shadows: dict[str, Tensor]) -> None:
-        """Called by the leaf's backward with what it returns, before anything is accumulated."""
-        for kind, s in shadows.items():
-            if SUMS[kind] == "example":
-                self.example_shadows.setdefault(kind, []).append((generation, s))
-        # An alias: shares storage, so that autograd cannot add another use's gradient to it in place unseen.
-        self._returned.append((gradient.detach(), gradient._version))
+    def record(self, generation: int, gradient: Tensor | None, units: int, sums: dict[str, Tensor]) -> None:
+        """Called by the leaf's backward with what it returns, before anything is accumulated; and with the sums that
+        autograd would not accumulate as they ought to be."""
+        if units:
+            self.units[generation] = units
+        for kind, value in sums.items():
+            self.steps.setdefault(kind, {})[generation] = value
+        if gradient is not None:
+            # An alias: shares storage, so that autograd cannot add another use's gradient to it in place unseen.
+            self._returned.append((gradient.detach(), gradient._version))
 
     def begin_pass(self) -> None:
         self._returned.clear()
@@ -141,7 +155,7 @@ class Account:
             f"parameter '{self.name}' {tuple(incoming.shape)} receives gradient from outside of its layer (a "
             f"functional use of the weight, a penalty added to the loss, or a hook that changes the gradient), so its "
             f"per-example statistics would be incomplete. Use the layer only by calling it, apply penalties in the "
-            f"optimizer (weight_decay), or attach(model, engine='vmap')."
+            f"optimizer (weight_decay), or attach(model, engine='vmap'), or ignore=['{self.name}']."
         )
 
     # Window
@@ -173,8 +187,9 @@ class Account:
         """Forgets the sums; generations from `first` on count."""
         for s in self.shadows.values():
             s.grad = None
-        self.example_shadows.clear()
+        self.steps.clear()
         self.generations.clear()
+        self.units.clear()
         self.first = first
         self.unseen = False
 
@@ -182,6 +197,8 @@ class Account:
 
     @property
     def batch_size(self) -> int:
+        if self.handle.granularity != "example":
+            return sum(self.units.values())
         return sum(size for generation, size in self.handle.lifetime.sizes.items() if generation >= self.first)
 
     def value(self, kind: str) -> Tensor | None:
@@ -192,16 +209,13 @@ class Account:
                 f"backward passes, or is older than attach. Call zero_grad() before the first backward pass, clip with "
                 f"the optimizer's max_norm, and apply penalties in the optimizer."
             )
-        if SUMS[kind] == "parameter":
+        raw = SUMS[kind]
+        if raw.persistent:
             s = self.shadows.get(kind)
             return None if s is None else s.grad
-        uses = {generation: s.grad for generation, s in self.example_shadows.get(kind, []) if s.grad is not None}
-        if not uses:
-            return None
-        # In the order of the forwards. Examples that did not pass through this layer contribute nothing to it.
-        sizes = self.handle.lifetime.sizes
-        zeros = next(iter(uses.values())).new_zeros
-        return torch.cat([uses[g] if g in uses else zeros(sizes[g]) for g in sorted(sizes) if g >= self.first])
+        steps = self.steps.get(kind)
+        sizes = self.handle.lifetime.sizes if self.handle.granularity == "example" else self.units
+        return raw.accumulate(steps, {g: sizes[g] for g in sorted(sizes) if g >= self.first}) if steps else None
 
     def close(self) -> None:
         """Takes the hooks off the parameter."""

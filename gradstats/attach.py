@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 
+from gradstats.arguments import ExampleDims
 from gradstats.engines import ENGINES
 from gradstats.errors import GradstatsError, MissingStatistic
-from gradstats.handle import Handle, handle_of
-from gradstats.leaf import LEAF
+from gradstats.handle import Handle, Wanted, handle_of
+from gradstats.swap import LEAF
 
 
-def attach(model: nn.Module, *statistics: str, engine: str = "fused", loss_reduction: str = "mean") -> Handle:
+def attach(
+    model: nn.Module,
+    *statistics: Wanted,
+    engine: str = "fused",
+    loss_reduction: str = "mean",
+    ignore: Sequence[str] = (),
+    example_dims: ExampleDims = 0,
+    granularity: str = "example",
+    microbatch_size: int | None = None,
+    grad_scaler: Any = None,
+) -> Handle:
     """Gathers statistics of the per-example gradients of `model` in every backward pass from here on.
 
     For contributions c_b, with g_b = B c_b for a mean loss and g_b = c_b for a sum loss:
@@ -37,7 +51,15 @@ def attach(model: nn.Module, *statistics: str, engine: str = "fused", loss_reduc
     """
     if engine not in ENGINES:
         raise GradstatsError(f"unknown engine {engine!r}; choose one of {sorted(ENGINES)}")
-    return ENGINES[engine](model, statistics or ("second_moment",), loss_reduction)
+    return ENGINES[engine](
+        model,
+        statistics or ("second_moment",),
+        loss_reduction,
+        ignore=ignore,
+        example_dims=example_dims,
+        granularity=granularity,
+        microbatch_size=microbatch_size,
+    )
 
 
 def attached(model: nn.Module) -> Handle:

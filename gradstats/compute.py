@@ -11,38 +11,44 @@ from torch import Tensor, nn
 
 from gradstats.attach import attach
 from gradstats.errors import MissingStatistic
-from gradstats.handle import total_norms
+from gradstats.handle import Wanted
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one batch: the loss, its gradients by name, and the statistics asked for, by name of statistic and
-    parameter."""
+    """Of one batch: the loss, its gradients by name, the statistics asked for by name of statistic and parameter, and
+    those of the whole gradient by name of statistic, where they exist."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
     batch_size: int
-    statistics: dict[str, dict[str, Tensor]]
-    total_norms: Tensor | None = None
+    statistics: dict[str, dict[str, Any]]
+    totals: dict[str, Any]
 
-    def _get(self, name: str) -> dict[str, Tensor]:
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """A statistic by parameter. Raises: MissingStatistic if it was not asked for."""
         if name not in self.statistics:
             raise MissingStatistic(f"{name!r} was not computed: pass statistics=[..., {name!r}]")
         return self.statistics[name]
 
     @property
     def second_moment(self) -> dict[str, Tensor]:
-        return self._get("second_moment")
+        return self["second_moment"]
 
     @property
     def variance(self) -> dict[str, Tensor]:
-        return self._get("variance")
+        return self["variance"]
 
     @property
     def norms(self) -> dict[str, Tensor]:
-        return self._get("norms")
+        return self["norms"]
+
+    @property
+    def total_norms(self) -> Tensor | None:
+        """||g_b|| of the whole gradient (B,), if "norms" were asked for."""
+        return self.totals.get("norms")
 
 
 def compute(
@@ -50,9 +56,11 @@ def compute(
     loss_fn: LossFunction,
     x: Any,
     y: Any,
-    statistics: Sequence[str] = ("second_moment",),
+    statistics: Sequence[Wanted] = ("second_moment",),
     engine: str = "fused",
     loss_reduction: str = "mean",
+    granularity: str = "example",
+    microbatch_size: int | None = None,
 ) -> Result:
     """Statistics of the per-example gradients of loss_fn(model(x), y), as `attach` defines them.
 
@@ -63,14 +71,22 @@ def compute(
     for p in held:
         p.grad = None
     try:
-        with attach(model, *statistics, engine=engine, loss_reduction=loss_reduction) as handle, torch.enable_grad():
+        handle = attach(
+            model,
+            *statistics,
+            engine=engine,
+            loss_reduction=loss_reduction,
+            granularity=granularity,
+            microbatch_size=microbatch_size,
+        )
+        with handle, torch.enable_grad():
             loss = loss_fn(call(model, x), y)
             loss.backward()
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             # A parameter that the loss does not depend on has no gradient, and no statistics.
-            found = {name: {p: handle.read(name)[p] for p in gradients} for name in statistics}
-            total = total_norms(found["norms"].values()) if "norms" in statistics else None
-            return Result(loss.detach(), gradients, handle.batch_size, found, total)
+            found = {name: {p: handle.read(name)[p] for p in gradients} for name in handle.statistics}
+            totals = {name: handle.read(name).total for name in handle.statistics if handle.read(name).has_total}
+            return Result(loss.detach(), gradients, handle.batch_size, found, totals)
     finally:
         for p, grad in held.items():
             p.grad = grad

@@ -5,116 +5,160 @@
     sum_b c_b^2              (*shape)      "sum_of_squares"
     ||c_b||^2                (n,)          "squared_norms"
 
-A layer rule says which form its parameters have; a form knows how to reduce itself to the gradient and to the sums that
-were asked for, sharing the work between them. Sums are in float32 or wider whatever the dtype of the layer: squares
-overflow float16.
+A layer rule says which form its parameters have. A form reduces itself to the gradient and to the two sums above,
+sharing the work between them; any other sum sees the contributions of all examples, block by block (blocks.py). Sums
+are in float32 or wider whatever the dtype of the layer: squares overflow float16.
 
 Index letters in every file: n example, t position, i input, o output.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from gradstats.blocks import BLOCK, Contribution, tiles
+from gradstats.sums import Block, accumulation_dtype, wide
 
 # Gram matrices for norms only pay when T^2 (in + out) < GRAM_ADVANTAGE in out: measured crossover near T = 50 on square
 # layers. The usual criterion 2 T^2 < in out counts multiplications and picks the slower path.
 GRAM_ADVANTAGE = 10
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which squares are formed and summed: float32, or float64 for float64 parameters."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in the dtype in which it may be squared."""
-    return x.to(accumulation_dtype(x.dtype))
-
-
-class Contribution(ABC):
-    """Contributions of all examples of a batch to one parameter's gradient."""
-
-    @abstractmethod
-    def gradient(self) -> Tensor:
-        """sum_b c_b, shaped like the parameter."""
-
-    @abstractmethod
-    def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient and the sums called `names` ("sum_of_squares", "squared_norms"), in one pass where that is
-        cheaper."""
-
-
 class Dense(Contribution):
-    """All contributions at hand, c (n, *shape): biases, normalisation layers, vmap leaves."""
+    """All contributions at hand, c (n, *shape): vmap leaves, and what is small."""
 
     def __init__(self, c: Tensor):
         self.c = c
+        self.count, self.shape, self.dtype, self.device = c.shape[0], tuple(c.shape[1:]), c.dtype, c.device
 
     def gradient(self) -> Tensor:
         return self.c.sum(0)
 
-    def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def example(self, n: int) -> Tensor:
+        return self.c[n]
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        return self.c.reshape(self.count, *self._matrix)[:, rows, columns]
+
+    def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
         found = {}
         c2 = wide(self.c).square()  # (n, *shape)
         if "sum_of_squares" in names:
             found["sum_of_squares"] = c2.sum(0)
         if "squared_norms" in names:
-            found["squared_norms"] = c2.flatten(1).sum(1)
+            found["squared_norms"] = c2.reshape(self.count, -1).sum(1)
         return self.gradient(), found
+
+    def merged(self, size: int) -> Contribution:
+        return Dense(self.c.unflatten(0, (-1, size)).sum(1))
+
+
+class PositionSum(Dense):
+    """c_b = sum_t c_bt of contributions (n, positions..., *shape) at hand: biases, normalisation layers. The parameter
+    has `dim` dimensions."""
+
+    def __init__(self, c: Tensor, dim: int):
+        super().__init__(c if c.dim() == dim + 1 else c.flatten(1, -dim - 1).sum(1))
+        self.positions = c
+
+    def per_token(self) -> Contribution:
+        return Dense(self.positions.reshape(-1, *self.shape))
+
+
+# f with f(d a) = f(d) f(a), whose sum over examples is a matmul of f(d) and f(a).
+MULTIPLICATIVE = {"sum_of_squares": torch.square, "abs_mean": torch.abs, "sign_mean": torch.sign}
 
 
 class Outer(Contribution):
     """c_b = d_b a_b^T, one position an example: d (n, o) and a (n, i).
 
-    sum_b c_b^2 = (d^2)^T (a^2), a second matmul and no example's gradient; ||c_b||^2 = ||d_b||^2 ||a_b||^2.
+    sum_b f(c_b) = f(d)^T f(a), a second matmul and no example's gradient; <c_a, c_b> = <d_a, d_b> <a_a, a_b>.
     """
 
     def __init__(self, d: Tensor, a: Tensor):
         self.d, self.a = d, a
+        self.count, self.shape, self.dtype, self.device = d.shape[0], (d.shape[1], a.shape[1]), d.dtype, d.device
 
     def gradient(self) -> Tensor:
         return self.d.T @ self.a
 
-    def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        found = {}
-        d2, a2 = wide(self.d).square(), wide(self.a).square()  # (n, o), (n, i)
-        if "sum_of_squares" in names:
-            found["sum_of_squares"] = d2.T @ a2
+    def example(self, n: int) -> Tensor:
+        return torch.outer(self.d[n], self.a[n])
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        return wide(self.d[:, rows]).unsqueeze(2) * wide(self.a[:, columns]).unsqueeze(1)
+
+    def closed(self, names: Collection[str]) -> dict[str, Tensor]:
+        d, a = wide(self.d), wide(self.a)
+        found = {name: f(d).T @ f(a) for name, f in MULTIPLICATIVE.items() if name in names}
         if "squared_norms" in names:
-            found["squared_norms"] = d2.sum(1) * a2.sum(1)
-        return self.gradient(), found
+            found["squared_norms"] = d.square().sum(1) * a.square().sum(1)
+        if "gram" in names:
+            found["gram"] = (d @ d.T) * (a @ a.T)
+        return found
+
+    def per_token(self) -> Contribution:
+        return Outer(self.d, self.a)
+
+    def merged(self, size: int) -> Contribution:
+        return OuterSum(self.d.unflatten(0, (-1, size)), self.a.unflatten(0, (-1, size)))
 
 
 class Streamed(Contribution):
-    """Contributions formed one example at a time: gradient and sums in one pass, memory of one example's gradient."""
+    """Contributions formed one example at a time: gradient and sums in one pass, memory of one example's gradient.
 
-    count: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
+    A tile takes its part of every example's contribution, which is formed anew for each tile: a form that can compute a
+    part of it alone overrides `tile`.
+    """
 
-    @abstractmethod
-    def example(self, n: int) -> Tensor:
-        """c_n, shaped like the parameter; may be overwritten by the next call."""
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        parts = (self.example(n).reshape(self._matrix)[rows, columns].clone() for n in range(self.count))
+        return torch.stack(list(parts))
 
-    def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def parts(self) -> Iterator[tuple[slice, Contribution]]:
+        """Rows of the parameter, and the contributions to these alone: all at once, where that is not too large."""
+        yield slice(None), self
+
+    def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
         dtype = accumulation_dtype(self.dtype)
         gradient = torch.zeros(self.shape, dtype=dtype, device=self.device)
         squares = torch.zeros_like(gradient) if "sum_of_squares" in names else None
         norms = torch.zeros(self.count, dtype=dtype, device=self.device) if "squared_norms" in names else None
-        for n in range(self.count):
-            c = wide(self.example(n))
-            gradient += c
-            if squares is not None:
-                squares.addcmul_(c, c)
-            if norms is not None:
-                torch.dot(c.reshape(-1), c.reshape(-1), out=norms[n])
+        for rows, part in self.parts():
+            for n in range(self.count):
+                c = wide(part.example(n))
+                gradient[rows] += c
+                if squares is not None:
+                    squares[rows].addcmul_(c, c)
+                if norms is not None:
+                    norms[n] += torch.dot(c.reshape(-1), c.reshape(-1))
         found = {"sum_of_squares": squares, "squared_norms": norms}
         return gradient.to(self.dtype), {name: value for name, value in found.items() if value is not None}
+
+    def merged(self, size: int) -> Contribution:
+        return Groups(self, size)
+
+
+class Groups(Streamed):
+    """Groups of `size` consecutive examples of another form."""
+
+    def __init__(self, whole: Contribution, size: int):
+        self.whole, self.size = whole, size
+        self.count, self.shape = whole.count // size, whole.shape
+        self.dtype, self.device = whole.dtype, whole.device
+
+    def gradient(self) -> Tensor:
+        return self.whole.gradient()
+
+    def example(self, n: int) -> Tensor:
+        c = self.whole.example(n * self.size).clone()
+        for m in range(n * self.size + 1, (n + 1) * self.size):
+            c += self.whole.example(m)
+        return c
 
 
 class OuterSum(Streamed):
@@ -128,21 +172,42 @@ class OuterSum(Streamed):
         self.d, self.a = d, a
         self.count, self.dtype, self.device = d.shape[0], d.dtype, d.device
         self.shape = (d.shape[2], a.shape[2])
-        self._buffer = torch.empty(self.shape, dtype=d.dtype, device=d.device)
+
+    @cached_property
+    def _buffer(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     def example(self, n: int) -> Tensor:
         return torch.mm(self.d[n].T, self.a[n], out=self._buffer)
 
+    def parts(self) -> Iterator[tuple[slice, Contribution]]:
+        for rows, _ in tiles(self.shape[0], 1, max(1, BLOCK // self.shape[1])):
+            yield rows, OuterSum(self.d[:, :, rows], self.a)
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        return self.d[:, :, rows].mT @ self.a[:, :, columns]
+
     def gradient(self) -> Tensor:
         return self.d.flatten(0, 1).T @ self.a.flatten(0, 1)
 
-    def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def closed(self, names: Collection[str]) -> dict[str, Tensor]:
         positions, (o, i) = self.d.shape[1], self.shape
-        if set(names) == {"squared_norms"} and positions**2 * (o + i) < GRAM_ADVANTAGE * o * i:
-            d, a = wide(self.d), wide(self.a)
-            gram = (d @ d.mT) * (a @ a.mT)  # (n, t, t)
-            return self.gradient(), {"squared_norms": gram.sum((1, 2))}
-        return super().sums(names)
+        if (
+            "squared_norms" not in names
+            or "sum_of_squares" in names
+            or positions**2 * (o + i) >= GRAM_ADVANTAGE * o * i
+        ):
+            return {}
+        d, a = wide(self.d), wide(self.a)
+        gram = (d @ d.mT) * (a @ a.mT)  # (n, t, t)
+        return {"squared_norms": gram.sum((1, 2))}
+
+    def per_token(self) -> Contribution:
+        return Outer(self.d.flatten(0, 1), self.a.flatten(0, 1))
+
+    def merged(self, size: int) -> Contribution:
+        d, a = (x.reshape(-1, size * x.shape[1], x.shape[2]) for x in (self.d, self.a))
+        return OuterSum(d, a)
 
 
 class Rows(Contribution):
@@ -153,21 +218,52 @@ class Rows(Contribution):
 
     def __init__(self, ids: Tensor, d: Tensor, rows: int):
         self.ids, self.d, self.rows = ids, d, rows
+        self.count, self.shape, self.dtype, self.device = d.shape[0], (rows, d.shape[2]), d.dtype, d.device
 
     def gradient(self) -> Tensor:
-        table = self.d.new_zeros(self.rows, self.d.shape[-1])
+        table = self.d.new_zeros(self.shape)
         return table.index_add_(0, self.ids.flatten(), self.d.flatten(0, 1))
 
-    def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        count, width = self.ids.shape[0], self.d.shape[-1]
-        d = wide(self.d)
-        example = torch.arange(count, device=d.device).unsqueeze(1)
-        pairs, index = torch.unique(example * self.rows + self.ids, return_inverse=True)  # (u,) distinct (example, row)
-        c = d.new_zeros(pairs.numel(), width).index_add_(0, index.flatten(), d.flatten(0, 1))  # (u, o)
+    def example(self, n: int) -> Tensor:
+        return self.d.new_zeros(self.shape).index_add_(0, self.ids[n], self.d[n])
+
+    def by_pair(self) -> tuple[Tensor, Tensor]:
+        """The distinct example * rows + row (u,), in order, and what the example contributes to that row (u, o)."""
+        example = torch.arange(self.count, device=self.device).unsqueeze(1)
+        pairs, index = torch.unique(example * self.rows + self.ids, return_inverse=True)
+        d = wide(self.d).flatten(0, 1)
+        return pairs, d.new_zeros(pairs.numel(), d.shape[1]).index_add_(0, index.flatten(), d)
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        inside = (self.ids >= rows.start) & (self.ids < rows.stop)
+        height = rows.stop - rows.start
+        d = wide(self.d[..., columns][inside])  # (u, k)
+        place = torch.nonzero(inside)[:, 0] * height + self.ids[inside] - rows.start
+        return d.new_zeros(self.count * height, d.shape[1]).index_add_(0, place, d).unflatten(0, (self.count, height))
+
+    def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs, c = self.by_pair()
         row, owner = pairs % self.rows, pairs // self.rows
         found = {}
         if "sum_of_squares" in names:
-            found["sum_of_squares"] = d.new_zeros(self.rows, width).index_add_(0, row, c.square())
+            found["sum_of_squares"] = c.new_zeros(self.shape).index_add_(0, row, c.square())
         if "squared_norms" in names:
-            found["squared_norms"] = d.new_zeros(count).index_add_(0, owner, c.square().sum(1))
-        return d.new_zeros(self.rows, width).index_add_(0, row, c).to(self.d.dtype), found
+            found["squared_norms"] = c.new_zeros(self.count).index_add_(0, owner, c.square().sum(1))
+        return c.new_zeros(self.shape).index_add_(0, row, c).to(self.dtype), found
+
+    def blocks(self, limit: int = BLOCK, zeros: bool = True) -> Iterator[Block]:
+        if zeros:
+            yield from super().blocks(limit)
+            return
+        touched, ids = torch.unique(self.ids, return_inverse=True)
+        width = self.shape[1]
+        for block in Rows(ids, self.d, len(touched)).blocks(limit):
+            row, column = block.elements // width, block.elements % width
+            yield block._replace(elements=touched[row] * width + column, parameter=self.parameter)
+
+    def per_token(self) -> Contribution:
+        return Rows(self.ids.reshape(-1, 1), self.d.reshape(-1, 1, self.d.shape[2]), self.rows)
+
+    def merged(self, size: int) -> Contribution:
+        t = size * self.ids.shape[1]
+        return Rows(self.ids.reshape(-1, t), self.d.reshape(-1, t, self.d.shape[2]), self.rows)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gradstats.errors import GradstatsError, LifetimeError, MissingStatistic
-from gradstats.statistics import STATISTICS, Statistic, Window
+from gradstats.statistics import STATISTICS, statistic_of
+from gradstats.sums import register
+from gradstats.window import Statistic, Window
 
 LOSS_REDUCTIONS = ("mean", "sum")
+GRANULARITIES = ("example", "token", "microbatch")
+
+Wanted = str | Statistic | type[Statistic]  # a name from the menu, or a statistic of one's own
 
 # From a parameter to the handle that keeps its statistics; weak on both sides.
 _handles: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -29,15 +33,30 @@ def handle_of(parameter: Tensor) -> Handle | None:
 class Handle(ABC):
     """Statistics of the per-example gradients of one model. Made by `gradstats.attach`; a context manager detaches."""
 
-    def __init__(self, model: nn.Module, statistics: Sequence[str], loss_reduction: str):
-        unknown = [name for name in statistics if name not in STATISTICS]
-        if unknown:
-            raise GradstatsError(f"unknown statistic {unknown[0]!r}; the menu is {sorted(STATISTICS)}")
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Sequence[Wanted],
+        loss_reduction: str,
+        granularity: str = "example",
+        microbatch_size: int | None = None,
+    ):
         if loss_reduction not in LOSS_REDUCTIONS:
             raise GradstatsError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, not {loss_reduction!r}")
+        if granularity not in GRANULARITIES:
+            raise GradstatsError(f"granularity must be one of {GRANULARITIES}, not {granularity!r}")
+        if (granularity == "microbatch") != (microbatch_size is not None):
+            raise GradstatsError("microbatch_size goes with granularity='microbatch', and only with it")
         self.model = model
         self.loss_reduction = loss_reduction
-        self.needs = tuple(dict.fromkeys(need for name in statistics for need in STATISTICS[name].needs))
+        self.granularity, self.microbatch_size = granularity, microbatch_size
+        self.statistics: dict[str, Statistic] = {}
+        for statistic in map(statistic_of, statistics):
+            known = self.statistics.setdefault(statistic.name, statistic)
+            if type(known) is not type(statistic) or keys(known) != keys(statistic):
+                raise GradstatsError(f"two statistics are called {statistic.name!r}: give one of them another name")
+        raws = [raw for statistic in self.statistics.values() for raw in statistic.needs]
+        self.needs = tuple(dict.fromkeys(register(raw) for raw in raws))
         self._names: dict[int, str] = {}  # id of a registered parameter -> its full name
 
     # What an engine provides
@@ -128,20 +147,23 @@ class Handle(ABC):
         name = self._names.get(id(key)) or self.name_of(key)
         for need in needs:
             if need not in self.needs:
-                entries = [s.name for s in STATISTICS.values() if need in s.needs]
-                raise MissingStatistic(f"{entries[0]!r} was not collected: attach(model, {entries[0]!r}, ...)")
+                entries = [entry for entry in STATISTICS if need in keys(STATISTICS[entry]())]
+                way_out = f"attach(model, {entries[0]!r}, ...)" if entries else "give its statistic to attach"
+                raise MissingStatistic(f"{(entries or [need])[0]!r} was not collected: {way_out}")
         sums, size = self.sums(name, needs)
-        gradient = self.parameters()[name].grad if needs_gradient else None
+        parameter = self.parameters()[name]
+        gradient = parameter.grad if needs_gradient else None
         if gradient is not None and not self.untouched(name):
             raise LifetimeError(
                 f"the gradient of '{name}' was changed in place after the backward pass (clipping, unscaling), so it "
                 f"no longer fits the squares. Read this statistic before, and clip with the optimizer's max_norm."
             )
-        return Window(sums, gradient, size, self.loss_reduction)
+        return Window(sums, gradient, size, self.loss_reduction, parameter.numel())
 
-    def read(self, statistic: str) -> ByParameter:
+    def read(self, statistic: Wanted) -> ByParameter:
         """A statistic of every parameter, computed when an entry is read."""
-        return ByParameter(self, STATISTICS[statistic])
+        found = self.statistics.get(statistic) if isinstance(statistic, str) else None
+        return ByParameter(self, found or statistic_of(statistic))
 
     @property
     def second_moment(self) -> ByParameter:
@@ -154,19 +176,69 @@ class Handle(ABC):
         return self.read("variance")
 
     @property
-    def norms(self) -> NormsByParameter:
+    def snr(self) -> ByParameter:
+        """|m| / sqrt(s2) of every parameter."""
+        return self.read("snr")
+
+    @property
+    def norms(self) -> ByParameter:
         """||g_b|| per example (B,), of every parameter and (`.total`) of the whole gradient."""
-        return NormsByParameter(self, STATISTICS["norms"])
+        return self.read("norms")
+
+    @property
+    def noise_scale(self) -> ByParameter:
+        """|G|^2, tr Sigma and the simple noise scale, of every parameter and in total."""
+        return self.read("noise_scale")
+
+    @property
+    def sign_mean(self) -> ByParameter:
+        """(1/B) sum_b sign(g_b) of every parameter."""
+        return self.read("sign_mean")
+
+    @property
+    def abs_mean(self) -> ByParameter:
+        """(1/B) sum_b |g_b| of every parameter."""
+        return self.read("abs_mean")
+
+    @property
+    def max_abs(self) -> ByParameter:
+        """max_b |g_b| of every parameter."""
+        return self.read("max_abs")
+
+    @property
+    def gram(self) -> ByParameter:
+        """<g_a, g_b> (B, B), of every parameter and in total."""
+        return self.read("gram")
+
+    @property
+    def cosine_similarity(self) -> ByParameter:
+        """<g_a, g_b> / (||g_a|| ||g_b||) (B, B), of every parameter and in total; needs "gram"."""
+        return self.read("cosine_similarity")
+
+    @property
+    def histogram(self) -> ByParameter:
+        """Counts of |g| over examples and elements, of every parameter and in total."""
+        return self.read("histogram")
+
+    @property
+    def projection(self) -> ByParameter:
+        """Random projections of g_b (B, k), of every parameter and in total."""
+        return self.read("projection")
 
 
-class ByParameter(Mapping[str, Tensor]):
+def keys(statistic: Statistic) -> tuple[str, ...]:
+    """The raw sums that a statistic needs."""
+    return tuple(raw.key for raw in statistic.needs)
+
+
+class ByParameter(Mapping[str, Any]):
     """One statistic of the trainable parameters, keyed by names or by the Parameters themselves."""
 
-    def __init__(self, handle: Handle, statistic: type[Statistic]):
+    def __init__(self, handle: Handle, statistic: Statistic):
         self.handle, self.statistic = handle, statistic
 
-    def __getitem__(self, key: str | Tensor) -> Tensor:
-        return self.statistic.read(self.handle.window(key, self.statistic.needs, self.statistic.needs_gradient))
+    def __getitem__(self, key: str | Tensor) -> Any:
+        return self.statistic.read(self._window(key))
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, p in self.handle.parameters().items() if p.requires_grad)
@@ -177,24 +249,31 @@ class ByParameter(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"{self.statistic.name} of {len(self)} parameters, batch size {self.handle.batch_size}"
 
-
-class NormsByParameter(ByParameter):
-    """Per-example norms, (B,) each."""
+    @property
+    def has_total(self) -> bool:
+        """Whether the statistic is defined for the whole gradient, and all parameters count the same things."""
+        return self.statistic.has_total and len({window.batch_size for window in self._windows()}) == 1
 
     @property
-    def total(self) -> Tensor:
-        """||g_b|| of the whole gradient (B,). A parameter without a gradient contributes nothing."""
-        return total_norms(self[name] for name in self.handle.parameters() if self.handle.has(name))
+    def total(self) -> Any:
+        """The statistic of the whole gradient. A parameter without a gradient contributes nothing to it.
+
+        Raises: GradstatsError for statistics that have an entry for every element.
+        """
+        return self.statistic.total(self._windows())
+
+    def _windows(self) -> list[Window]:
+        return [self._window(name) for name in self.handle.parameters() if self.handle.has(name)]
+
+    def _window(self, key: str | Tensor) -> Window:
+        return self.handle.window(key, keys(self.statistic), self.statistic.needs_gradient)
 
 
-def total_norms(norms: Iterable[Tensor]) -> Tensor:
-    """Norms of the whole from norms of the parts, (B,) each."""
-    return torch.stack([norm.square() for norm in norms]).sum(0).sqrt()
-
-
-def table(rows: Iterable[tuple[str, nn.Parameter, str]]) -> str:
-    """The coverage table from (parameter name, parameter, what serves it)."""
-    cells = [("parameter", "shape", "served by")]
-    cells += [(name, str(tuple(p.shape)), served if p.requires_grad else "frozen") for name, p, served in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(3)]
+def table(rows: Iterable[tuple[str, nn.Parameter, int | None, str, str]]) -> str:
+    """The coverage table from (parameter name, parameter, uses in a forward, what serves it, why)."""
+    cells = [("parameter", "shape", "uses", "served by", "why")]
+    for name, p, uses, served, why in rows:
+        count = "" if uses is None else str(uses)
+        cells.append((name, str(tuple(p.shape)), count, served if p.requires_grad else "frozen", why))
+    widths = [max(len(row[i]) for row in cells) for i in range(5)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)

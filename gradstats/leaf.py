@@ -1,8 +1,7 @@
-"""The shadow-leaf mechanism: statistics are the gradients of tensors that hold no data.
+"""A leaf: a module that owns parameters, and computes through LeafFunction while attached.
 
-A leaf is a module that owns parameters. While attached, its forward runs through one autograd Function which takes,
-beside its real inputs, a *shadow* for every statistic: a stride-0 tensor of zeros shaped like the statistic, a leaf of
-autograd. The backward of the Function returns the statistic as the gradient of the shadow, and autograd does the
+Beside its real inputs the Function takes a *shadow* for every statistic: a stride-0 tensor of zeros shaped like the
+statistic, a leaf of autograd. Its backward returns the statistic as the gradient of the shadow, and autograd does the
 bookkeeping that it does for every gradient: accumulation, recomputation under checkpointing, several uses.
 
 Shadows precede the parameters in the argument list: what runs on a parameter's gradient finds the statistic in place.
@@ -10,126 +9,58 @@ Shadows precede the parameters in the argument list: what runs on a parameter's 
 
 from __future__ import annotations
 
-import copyreg
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from gradstats.account import Account, shadow
-from gradstats.contribution import Contribution
 from gradstats.errors import CoverageError
-from gradstats.lifetime import tensors_of
-from gradstats.rules import Rule, fallback
+from gradstats.function import Call, Gradients, LeafFunction, Sums, Use, autocast
+from gradstats.layout import FIRST, Layout
+from gradstats.rules import Composite, Rule, fallback
 from gradstats.rules.registry import checked
+from gradstats.sums import SUMS
+from gradstats.swap import LEAF
 
 if TYPE_CHECKING:
     from gradstats.engines.fused import FusedHandle
 
-LEAF = "_gradstats_leaf"  # where an attached module keeps its Leaf, outside of parameters, buffers and state_dict
-
-
-class Call(NamedTuple):
-    """One use of a leaf: what its backward must know beside tensors."""
-
-    leaf: Leaf
-    rule: type[Rule]
-    options: tuple[Any, ...]
-    names: tuple[str, ...]  # parameters, in the order of the arguments
-    slots: tuple[tuple[str, str], ...]  # (parameter, sum) of every shadow, in the order of the arguments
-    batch_size: int
-    generation: int
-
-
-class LeafFunction(torch.autograd.Function):
-    """y = rule.forward(x, parameters), whose backward also returns the sums asked for, as gradients of the shadows."""
-
-    @staticmethod
-    def forward(ctx, call: Call, *tensors: Tensor | None) -> Tensor:
-        s = len(call.slots)
-        x, parameters = tensors[s], dict(zip(call.names, tensors[s + 1 : -1], strict=True))
-        with no_autocast(next(t.device.type for t in tensors[s:] if t is not None)):
-            y, saved = call.rule.forward(call.options, x, parameters)
-        ctx.call = call
-        ctx.save_for_backward(*saved)
-        ctx.shadows = dict(zip(call.slots, tensors[:s], strict=True))
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d: Tensor):
-        call: Call = ctx.call
-        s = len(call.slots)
-        needs = ctx.needs_input_grad[1 + s : -1]
-        wanted = frozenset(n for n, need in zip(("input", *call.names), needs, strict=True) if need)
-        slots = call.slots if call.leaf.accumulates() else ()
-        with no_autocast(d.device.type):
-            grad_input, contributions = call.rule.backward(call.options, ctx.saved_tensors, d, wanted)
-            gradients, sums = reduce(contributions, slots)
-        if slots:
-            call.leaf.record(call, gradients, ctx.shadows)
-        returned = *(sums.get(slot) for slot in call.slots), grad_input, *(gradients.get(name) for name in call.names)
-        return None, *returned, None
-
-
-def reduce(
-    contributions: dict[str, Contribution], slots: Sequence[tuple[str, str]]
-) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tensor]]:
-    """Gradient of every parameter, and the sums of those that have shadows."""
-    gradients, sums = {}, {}
-    for name, contribution in contributions.items():
-        names = [kind for parameter, kind in slots if parameter == name]
-        if names:
-            gradients[name], found = contribution.sums(names)
-            sums.update({(name, kind): value for kind, value in found.items()})
-        else:
-            gradients[name] = contribution.gradient()
-    return gradients, sums
-
-
-def autocast(
-    policy: str | None, x: Tensor, parameters: Mapping[str, Tensor | None]
-) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """What torch's autocast would do to this layer, by autograd operations outside of the Function."""
-    device = x.device.type
-    if policy is None or not torch.is_autocast_enabled(device):
-        return x, dict(parameters)
-    if policy == "float32" and device == "cpu":  # where autocast leaves normalisation layers alone
-        return x, dict(parameters)
-    dtype = torch.get_autocast_dtype(device) if policy == "low" else torch.float32
-    cast = {name: p if p is None or p.dtype == torch.float64 else p.to(dtype) for name, p in parameters.items()}
-    return x if x.dtype == torch.float64 else x.to(dtype), cast
-
-
-def no_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+Layouts = tuple[Layout | None, ...]
 
 
 class Leaf:
-    """What an attached module keeps: its rule and the accounts of its parameters."""
+    """What an attached module keeps: how it is served, and the accounts of its parameters.
+
+    rule: a Rule, a Composite of rules, or None for a vmap leaf, which serves the modules inside of it too.
+    why: the reason for that choice, as the coverage table prints it.
+    """
 
     def __init__(
-        self, handle: FusedHandle, module: nn.Module, prefix: str, rule: type[Rule] | None, names: Sequence[str]
+        self,
+        handle: FusedHandle,
+        module: nn.Module,
+        prefix: str,
+        rule: type[Rule] | type[Composite] | None,
+        accounts: Mapping[str, Account],
+        why: str,
     ):
-        self.handle, self.module, self.prefix, self.rule = handle, module, prefix, rule
-        self.accounts = {name: self._account(name) for name in names}
+        self.handle, self.module, self.prefix, self.rule, self.why = handle, module, prefix, rule, why
+        self.accounts = dict(accounts)  # by the module's own names
+        self.loops = False  # a vmap leaf that does not vmap runs its module once an example
+        self.tied = [(name, a) for name, a in self.accounts.items() if a.name != f"{prefix}.{name}".removeprefix(".")]
+        self.layouts: dict[Any, Layouts] = {}  # by kind of call, as the probe found them
         self._forget()
-
-    def _account(self, name: str) -> Account:
-        path, _, attribute = name.rpartition(".")
-        full = f"{self.prefix}.{name}" if self.prefix else name
-        return Account(self.handle, self.module.get_submodule(path), attribute, full)
 
     def _forget(self) -> None:
         self._sentinel: Tensor | None = None
         self._accumulator: Any = None  # the node that would accumulate the sentinel's gradient
-        self._compared: set[Any] = set()  # kinds of calls for which the vmapped forward was compared with the plain one
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("handle", "module", "prefix", "rule", "accounts")}
+        kept = ("handle", "module", "prefix", "rule", "why", "accounts", "loops", "tied", "layouts")
+        return {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -142,12 +73,16 @@ class Leaf:
 
     @property
     def served_by(self) -> str:
-        return f"rule {self.rule.__name__}" if self.rule else f"vmap over {type(self.module).__name__}"
+        if self.rule:
+            return f"rule {self.rule.__name__}"
+        return f"{'loop' if self.loops else 'vmap'} over {type(self.module).__name__}"
 
     @property
     def active(self) -> bool:
         """Whether statistics are wanted of this call; not under functional_call, whose tensors are no parameters."""
-        if not torch.is_grad_enabled():
+        # Reentrant checkpointing runs the first forward without gradients, but inside of an autograd Function, which
+        # torch.no_grad() does not: what it returns must be shaped like what the recomputation returns.
+        if not torch.is_grad_enabled() and (torch._C._is_fwd_grad_enabled() or not self.handle.forwarding):
             return False
         trainable = [a.parameter for a in self.accounts.values() if a.trainable]
         return bool(trainable) and all(isinstance(p, nn.Parameter) for p in trainable)
@@ -156,52 +91,156 @@ class Leaf:
 
     def __call__(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's forward while attached; `kind` is its original class."""
+        if self.handle.probing:
+            return self.handle.probing.visit(self, kind, args, kwargs)
+        n = self.handle.lifetime.examples
+        if n is None:  # the module itself is called from outside
+            with self.handle.outermost(self.module, args, kwargs):
+                return self.module.__dict__[LEAF](kind, args, kwargs)
+        for name, account in self.tied:
+            if self.module.get_parameter(name) is not account.parameter:
+                raise CoverageError(
+                    f"parameter '{name}' of {self.title} was shared with '{account.name}' when the model was attached "
+                    f"and is not any more: detach(), and attach the model again"
+                )
+        checked(self.prefix, fallback.check if self.rule is None else self.rule.check, self.module)
         if self.rule is None:
-            return self._vmapped(kind, args, kwargs)
-        inputs = (*args, *kwargs.values())
-        if len(inputs) != 1 or self.rule.unbatched(self.module, inputs[0]):
-            shapes = ", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else repr(i) for i in inputs)
-            raise CoverageError(
-                f"{self.title} takes one batched tensor while attached, examples in its first dimension; got {shapes}. "
-                f"Use x.unsqueeze(0)."
-            )
-        checked(self.prefix, self.rule.check, self.module)
-        x, n = self.handle.lifetime.examples(self, inputs[0])
-        x, parameters = autocast(self.rule.autocast, x, dict(self.module._parameters))
-        return self._apply(self.rule, self.rule.options(self.module), x, parameters, n)
+            return self._vmapped(kind, args, kwargs, n)
+        if issubclass(self.rule, Composite):
+            return self._composite(self.rule, args, kwargs, n)
+        return self._ruled(self.rule, args, kwargs, n)
 
-    def _vmapped(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
-        tensors = tensors_of(args, kwargs)
-        if not tensors:
-            raise CoverageError(f"{self.title} got no tensor that would tell the number of examples")
-        checked(self.prefix, fallback.check, self.module)
-        n = self.handle.lifetime.examples(self, tensors[0])[1]
-        over = fallback.OverExamples(self.module, kind, args, kwargs, n)
-        call = (tuple(over.mapped), self.module.training)
-        if n > 1 and call not in self._compared:
-            fallback.compare(over, args, kwargs, n)
-            self._compared.add(call)
-        expanded = {
-            name: self._apply(fallback.Expand, (n,), None, {name: a.parameter}, n) for name, a in self.accounts.items()
-        }
-        return fallback.run(over, expanded)
+    @torch.compiler.disable
+    def compiling(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The same where torch.compile traces: its bookkeeping is Python, and would be traced anew at every step."""
+        return self(kind, args, kwargs)
+
+    def bound(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The inputs of a rule from the arguments of the call."""
+        assert self.rule is not None and issubclass(self.rule, Rule)
+        try:
+            x = self.rule.bind(self.module, *args, **kwargs)
+        except TypeError as error:
+            raise CoverageError(f"{self.title}: {error}") from None
+        inputs = x if isinstance(x, tuple) else (x,)
+        if not isinstance(inputs[0], Tensor) or self.rule.unbatched(self.module, x):
+            shapes = ", ".join(str(tuple(i.shape)) if isinstance(i, Tensor) else repr(i) for i in inputs)
+            raise CoverageError(f"{self.title} takes batched tensors while attached; got {shapes}. Use x.unsqueeze(0).")
+        return inputs
+
+    def _ruled(self, rule: type[Rule], args: tuple, kwargs: dict[str, Any], n: int) -> Any:
+        inputs = self.bound(args, kwargs)
+        layouts = self._layouts_of(inputs, n)
+        rows = [x if layout is FIRST else brought(x, layout, n) for x, layout in zip(inputs, layouts, strict=True)]
+        x = tuple(rows) if len(rows) > 1 else rows[0]
+        x, parameters = autocast(rule.autocast, x, self.module._parameters)
+        y = self._apply(rule, rule.options(self.module), x, parameters, {}, n)
+        return y if layouts[0] is FIRST or layouts[0] is None else layouts[0].restore(y, n)
+
+    def _layouts_of(self, inputs: tuple[Any, ...], n: int) -> Layouts:
+        found = self.layouts.get(tuple(x.dim() if isinstance(x, Tensor) else None for x in inputs))
+        if found is None:
+            return tuple(self.unseen(x, n) for x in inputs)
+        return found
+
+    def unseen(self, x: Any, n: int) -> Layout | None:
+        """Where the examples are in a call that the probe has not seen: told by sizes, if they tell."""
+        if not isinstance(x, Tensor):
+            return None
+        if n == 1 or (list(x.shape).count(n) == 1 and x.shape[0] == n):
+            return FIRST
+        raise CoverageError(
+            f"{self.title} got an input of shape {tuple(x.shape)} in a call that the probe has not seen, and the sizes "
+            f"do not tell which dimension runs over the {n} examples of the batch. Call stats.probe(*batch) with a "
+            f"batch that takes this path."
+        )
+
+    def _composite(self, composite: type[Composite], args: tuple, kwargs: dict[str, Any], n: int) -> Any:
+        def apply(rule: type[Rule], options: tuple[Any, ...], x: Any, names: dict[str, str | None]) -> Any:
+            own = self.module._parameters
+            x, parameters = autocast(rule.autocast, x, {k: None if v is None else own[v] for k, v in names.items()})
+            return self._apply(rule, options, x, parameters, names, n)
+
+        return composite.forward(self.module, apply, *args, **kwargs)
+
+    def _vmapped(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any], n: int) -> Any:
+        call = fallback.OverExamples(self.module, kind, args, kwargs)
+        layouts = self.layouts.get(call.key)
+        if layouts is None:
+            layouts = tuple(self.unseen(x, n) if isinstance(x, Tensor) and x.dim() else None for x in call.flat)
+        expand = partial(self._apply, fallback.Expand, (n,), None, names={}, n=n)
+        expanded = {name: expand({name: a.parameter}) for name, a in self.accounts.items()}
+        return fallback.run(call, layouts, expanded, n, self.loops)
 
     def _apply(
-        self, rule: type[Rule], options: tuple[Any, ...], x: Tensor | None, parameters: dict[str, Tensor | None], n: int
-    ) -> Tensor:
-        """Runs the Function on x and parameters, with the shadows that the handle's statistics need."""
-        slots, shadows = [], []
+        self,
+        rule: type[Rule],
+        options: tuple[Any, ...],
+        x: Any,
+        parameters: dict[str, Tensor | None],
+        names: Mapping[str, str | None],
+        n: int,
+    ) -> Any:
+        """Runs the Function on x and parameters, with the shadows that the handle's statistics need.
+
+        `names` maps the rule's parameters to the module's where they differ.
+        """
+        if not torch.is_grad_enabled():
+            return rule.forward(options, x, parameters)[0]
+        lifetime = self.handle.lifetime
+        generation = lifetime.begin_forward()
+        inputs = x if isinstance(x, tuple) else (x,)
+        rows = n if x is None else inputs[0].shape[0]
+        if rows == 0:
+            raise CoverageError(
+                f"{self.title} got a batch without examples, of shape {tuple(inputs[0].shape)}: skip it"
+            )
+        if rows % n:
+            raise CoverageError(
+                f"{self.title} got {rows} rows where the batch has {n} examples: no rows are an example's own"
+            )
+        slots: list[tuple[str, str]] = []
+        shadows, links, used = [], [], {}
+        ids = None if x is None else rule.looked_up(x)
         for name in parameters:
-            account = self.accounts.get(name)
-            if account is not None and account.trainable:
-                for kind in self.handle.needs:
+            account = self.accounts.get(names.get(name) or name)
+            if account is None or not account.trainable:
+                continue
+            uses, link = lifetime.uses_of(account)
+            used[name] = Use(account, uses, link is None)
+            if ids is None:
+                uses.whole += 1
+            else:
+                uses.ids.append(ids.reshape(n, -1))
+            if link is not None:
+                links.append(link)
+                continue
+            account.follow()
+            for kind in self.handle.needs:
+                if SUMS[kind].persistent:
                     slots.append((name, kind))
-                    shadows.append(account.shadow_of(kind, n))
+                    shadows.append(account.shadow_of(kind))
         if self._sentinel is None:
-            self._sentinel = shadow((), torch.zeros(()))
+            self._sentinel = shadow(())
             self._accumulator = self._sentinel.view_as(self._sentinel).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-        call = Call(self, rule, options, tuple(parameters), tuple(slots), n, self.handle.lifetime.begin_forward())
-        return LeafFunction.apply(call, *shadows, x, *parameters.values(), self._sentinel)
+        call = Call(
+            self,
+            rule,
+            options,
+            tuple(parameters),
+            used,
+            tuple(slots),
+            len(links),
+            isinstance(x, tuple),
+            n,
+            rows // n,
+            generation,
+        )
+        *y, link = LeafFunction.apply(call, *shadows, *links, *inputs, *parameters.values(), self._sentinel)
+        for use in used.values():
+            if use.collects:
+                lifetime.link(use.account, link)
+        return y[0] if len(y) == 1 else tuple(y)
 
     # Backward
 
@@ -209,75 +248,19 @@ class Leaf:
         """Whether this backward pass accumulates into every leaf of autograd, unlike torch.autograd.grad."""
         return torch._C._will_engine_execute_node(self._accumulator)
 
-    def record(self, call: Call, gradients: dict[str, Tensor], shadows: dict[tuple[str, str], Tensor]) -> None:
+    def record(self, call: Call, gradients: Gradients, sums: Sums) -> None:
         """Called by the Function's backward before anything is accumulated."""
-        used = [name for name in gradients if (name, self.handle.needs[0]) in shadows]
-        accounts = [self.accounts[name] for name in used]
-        self.handle.lifetime.begin_backward(self.title, accounts, call.batch_size, call.generation)
-        for name in used:
-            own = {kind: s for (parameter, kind), s in shadows.items() if parameter == name}
-            self.accounts[name].record(call.generation, gradients[name], own)
+        used = [use for name, use in call.used.items() if name in gradients or use.collects]
+        self.handle.lifetime.begin_backward(self.title, used, call.batch_size, call.generation)
+        for name, use in call.used.items():
+            own = {kind: s for (of, kind), s in sums.items() if of == name and not SUMS[kind].persistent}
+            use.account.record(call.generation, gradients.get(name), use.uses.units if use.collects else 0, own)
 
 
-@torch.compiler.disable
-def uncompiled(leaf: Leaf, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A graph break around every leaf: its bookkeeping is Python, and would be traced anew at every step."""
-    return leaf(kind, args, kwargs)
-
-
-# The class swap
-
-
-@cache
-def attached_class(kind: type) -> type:
-    """A subclass of `kind` whose forward goes through the module's Leaf. Its name is the original's, so nothing prints
-    differently."""
-
-    def forward(self, *args, **kwargs):
-        leaf: Leaf | None = self.__dict__.get(LEAF)
-        if leaf is None or not leaf.active:
-            return kind.forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            return uncompiled(leaf, kind, args, kwargs)
-        return leaf(kind, args, kwargs)
-
-    def __reduce_ex__(self, protocol):
-        """Pickles and copies as the original class plus the swap, since this class has no importable name."""
-        reduced = kind.__reduce_ex__(self, protocol)
-        if reduced[0] is copyreg.__newobj__ and reduced[1][0] is type(self):
-            return (new_attached, (kind, *reduced[1][1:]), *reduced[2:])
-        return reduced
-
-    namespace = {
-        "forward": forward,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": kind.__module__,
-        "__doc__": kind.__doc__,
-    }
-    swapped = type(kind.__name__, (kind,), namespace)
-    swapped.__qualname__ = kind.__qualname__
-    swapped._gradstats_original = kind  # type: ignore[attr-defined]
-    return swapped
-
-
-def new_attached(kind: type[nn.Module], *args) -> nn.Module:
-    cls = attached_class(kind)  # type: ignore[arg-type]
-    return cls.__new__(cls, *args)
-
-
-def swap(module: nn.Module, leaf: Leaf) -> None:
-    """Makes `module` compute through `leaf`."""
-    if "forward" in module.__dict__:
-        raise CoverageError(
-            f"module '{leaf.prefix}' ({type(module).__name__}) has a forward set on the instance, which a class swap "
-            f"cannot see. Put it into a subclass, or attach before the tool that patches it."
-        )
-    module.__dict__[LEAF] = leaf
-    module.__class__ = attached_class(type(module))  # type: ignore[arg-type]
-
-
-def unswap(module: nn.Module) -> None:
-    """Undoes `swap`. A class put on top of ours since then (a parametrization) stays, and finds no leaf any more."""
-    module.__dict__.pop(LEAF, None)
-    if "_gradstats_original" in type(module).__dict__:
-        module.__class__ = type(module)._gradstats_original  # type: ignore[attr-defined]
+def brought(x: Any, layout: Layout | None, n: int) -> Any:
+    """An input as rows, the examples in front; what all examples share is repeated for each."""
+    if not isinstance(x, Tensor):
+        return x
+    if layout is not None:
+        return layout.rows(x, n)
+    return x.expand(n, *x.shape[1:]) if x.shape[0] == 1 else x

@@ -2,33 +2,33 @@
 
 Statistics live and die with p.grad: a backward pass that finds the gradients None (or zeroed) starts a new window, one
 that finds them set accumulates. Only examples that are backpropagated count. Forwards between the same two backward
-passes share a generation; a layer may be used once in a generation, since contributions of the same example must be
-summed before squaring, and a second use cannot tell whose example it saw.
+passes share a generation; one forward of a generation may use a layer, since contributions of the same example must be
+summed before squaring, and a second forward cannot tell whose examples it saw. Within a forward a layer may be used
+several times.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.variable import Variable
-from torch.utils._pytree import tree_leaves
 
+from gradstats.account import Uses
 from gradstats.errors import CoverageError, LifetimeError
-from gradstats.rules.registry import refuse_coupling
 
 if TYPE_CHECKING:
     from gradstats.account import Account
-    from gradstats.leaf import Leaf
+    from gradstats.function import Use
 
 
 class Lifetime:
     """The current window of one attached model, and what is under way."""
 
-    def __init__(self, accounts: list[Account], batch_norms: list[nn.Module]):
+    def __init__(self, accounts: list[Account]):
         self.accounts = accounts
-        self.batch_norms = batch_norms  # which may be switched to training at any time
         self.sizes: dict[int, int] = {}  # generation -> examples backpropagated, in this window
         self.generation = 0
         self.first_open = 0  # the first generation after the last backward pass
@@ -38,23 +38,31 @@ class Lifetime:
         self._tasks: set[int] = set()  # its graph tasks, nested ones included
         self._ended: set[int] = set()  # those of them that have ended
         self._suspicions: list[tuple[int, Account, CoverageError]] = []
-        self._inside = False  # the model's own forward is under way
-        self._batch: int | None = None  # leading dimension of the model's first input
+        self._root: nn.Module | None = None  # the outermost module whose call is under way
+        self._batch: int | None = None  # examples of the last outermost call
+        self._uses: dict[Account, tuple[Uses, Tensor | None]] = {}  # by the forward under way, with the first's link
+        self._recomputed: dict[Account, tuple[Uses, Tensor | None]] = {}  # the same in a backward pass
 
     # Forward
 
-    def enter(self, args: Any, kwargs: Any) -> None:
-        """The model's forward begins: its first tensor tells the number of examples."""
-        if not torch.is_grad_enabled():
-            return
-        for module in self.batch_norms:
-            refuse_coupling(module)
-        self._inside = True
-        tensors = tensors_of(args, kwargs)
-        self._batch = tensors[0].shape[0] if tensors else None
+    def enter(self, module: nn.Module, examples: int) -> None:
+        """An outermost call into the attached model begins."""
+        self._root, self._batch = module, examples
 
-    def leave(self) -> None:
-        self._inside = False
+    def leave(self, module: nn.Module) -> None:
+        """The call of `module` ends; not only an outermost one may say so."""
+        if module is self._root:
+            self._root = None
+            self._uses.clear()
+
+    @property
+    def examples(self) -> int | None:
+        """How many the forward under way has, or the part of it that is recomputed in a backward pass."""
+        if self._root is not None:
+            return self._batch
+        if in_backward():
+            return self.sizes.get(self.current, self._batch) if self.started else self._batch
+        return None
 
     def begin_forward(self) -> int:
         """The generation of a leaf's call."""
@@ -65,31 +73,29 @@ class Lifetime:
             self._close()
         return self.generation
 
-    def examples(self, leaf: Leaf, x: Tensor) -> tuple[Tensor, int]:
-        """x (n, ...) with the number of examples; position ids (1, t) that the batch shares are expanded."""
-        batch = self._batch if self._inside or in_backward() else None
-        n = x.shape[0]
-        if n == 0:
-            raise CoverageError(f"{leaf.title} got a batch without examples, of shape {tuple(x.shape)}: skip it")
-        if batch is None or n == batch:
-            return x, n
-        if n == 1 and x.dim() > 1 and not x.is_floating_point():
-            return x.expand(batch, *x.shape[1:]), batch
-        if not self._inside:  # recomputed after another forward: `begin_backward` compares the sizes
-            return x, n
-        raise CoverageError(
-            f"{leaf.title} got an input of shape {tuple(x.shape)}, but the model's batch has {batch} examples: its "
-            f"first dimension must run over the examples. Keep that dimension in front (do not flatten positions into "
-            f"it), or use attach(model, engine='vmap')."
-        )
+    def uses_of(self, account: Account) -> tuple[Uses, Tensor | None]:
+        """The uses of a parameter by the forward under way, and the link to the first of them, None for the first."""
+        return self._open().setdefault(account, (Uses(account.name), None))
+
+    def link(self, account: Account, link: Tensor) -> None:
+        """Keeps the link of the first use, for as long as there can be others."""
+        # A link keeps its graph alive: that of a non-reentrant recomputation has only to be run, not to be kept.
+        if in_backward() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            self._recomputed.pop(account)
+        elif self._root is not None or in_backward():
+            uses = self._open()
+            uses[account] = (uses[account][0], link)
+
+    def _open(self) -> dict[Account, tuple[Uses, Tensor | None]]:
+        return self._recomputed if in_backward() else self._uses
 
     def new_examples(self) -> None:
         self.generation += 1
 
     # Backward
 
-    def begin_backward(self, title: str, accounts: list[Account], n: int, generation: int) -> None:
-        """Called once a use of parameters, before their gradients are accumulated; `title` names their module."""
+    def begin_backward(self, title: str, used: Collection[Use], n: int, generation: int) -> None:
+        """Called once a leaf's call, before gradients are accumulated; `title` names its module."""
         self._watch()
         if not self.started:
             self.started = True
@@ -102,17 +108,21 @@ class Lifetime:
         size = self.sizes.setdefault(generation, n)
         if size != n:
             raise CoverageError(
-                f"{title} saw {n} rows where the layers before it in this backward pass saw {size}: the first "
-                f"dimension of every layer must run over the examples. Use attach(model, engine='vmap')."
+                f"{title} saw {n} examples where the layers before it in this backward pass saw {size}: the first "
+                f"dimension of every input must run over the examples. Call the layers from one module's forward, and "
+                f"attach that module."
             )
-        for account in accounts:
+        for account, _, collects in used:
             account.begin_use(self.backward_passes, self.first_open)
+            if not collects:
+                continue
+            self._recomputed.pop(account, None)
             if generation in account.generations:
                 raise LifetimeError(
-                    f"{title} was used twice for one backward pass, or one use of it was backpropagated twice: "
-                    f"contributions of the same example must be summed before squaring. If the forwards saw different "
-                    f"examples, say so with stats.new_examples() between them; if a layer is shared, use "
-                    f"attach(model, engine='vmap')."
+                    f"{title} was used by two forwards before one backward pass, or one use of it was backpropagated "
+                    f"twice: contributions of the same example must be summed before squaring. If the forwards saw "
+                    f"different examples, say so with stats.new_examples() between them; if they saw the same ones, "
+                    f"call both from the forward of one module, and attach that module."
                 )
             account.generations.add(generation)
 
@@ -147,15 +157,12 @@ class Lifetime:
         self._tasks.clear()
         self._ended.clear()
         self._suspicions.clear()
+        self._recomputed.clear()
         self.started = False
         self.generation += 1
         self.first_open = self.generation
         if errors:
             raise errors[0]
-
-
-def tensors_of(args: Any, kwargs: Any) -> list[Tensor]:
-    return [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
 
 
 def in_backward() -> bool:

@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradstats.arguments import Arguments, ExampleDims
 from gradstats.compute import LossFunction
-from gradstats.lifetime import tensors_of
+from gradstats.errors import CoverageError
+from gradstats.layout import FIRST, Layout
 from gradstats.rules import fallback
 
 
 def per_example_gradients(
-    model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, chunk_size: int | None = None, loss_reduction: str = "mean"
+    model: nn.Module,
+    loss_fn: LossFunction,
+    x: Any,
+    y: Any,
+    chunk_size: int | None = None,
+    loss_reduction: str = "mean",
+    example_dims: ExampleDims = 0,
 ) -> dict[str, Tensor]:
     """g_b for every example b: a dict from parameter name to (B, *shape).
 
@@ -28,23 +36,32 @@ def per_example_gradients(
     """
     fallback.check(model)
     args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
-    n = tensors_of(args, kwargs)[0].shape[0]
-    over = fallback.OverExamples(model, type(model), args, kwargs, n)
+    arguments = Arguments(args, kwargs, example_dims)
+    if arguments.squares:
+        raise CoverageError(
+            f"{type(model).__name__}: a square argument could be one row an example or shared by all. Use another "
+            f"batch size, or say which: example_dims={{...}}"
+        )
+    n = arguments.count or 0
+    layouts = [None if dim is None else Layout(dim) for dim in arguments.dims]
+    otherwise = Layout(example_dims) if isinstance(example_dims, int) else FIRST
+    call = fallback.OverExamples(model, type(model), args, kwargs)
     if n > 1:
-        fallback.compare(over, args, kwargs, n)
+        fallback.compare(call, layouts, n)
+    rows, one = call.mapped(layouts, n), call.over(layouts)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def chunk(rows: list[Tensor]):
         copies = {name: p.expand(len(rows[0]), *p.shape) for name, p in parameters.items()}
-        mapped = torch.func.vmap(over, randomness="different")
+        mapped = torch.func.vmap(one, randomness="different")
         return torch.func.vjp(lambda copies: mapped(copies, *rows), copies)
 
     size = chunk_size or n
     with fallback.vmappable(model):
-        chunks = [chunk([r[i : i + size] for r in over.rows]) for i in range(0, n, size)]
+        chunks = [chunk([r[i : i + size] for r in rows]) for i in range(0, n, size)]
     outputs = [torch.cat(parts).detach().requires_grad_() for parts in zip(*(out for out, _ in chunks), strict=True)]
     with torch.enable_grad():
-        loss = loss_fn(over.rebuild(outputs), y)
+        loss = loss_fn(call.rebuild(outputs, layouts, otherwise), y)
     cotangents = torch.autograd.grad(loss, outputs, allow_unused=True, materialize_grads=True)
     pieces = [vjp(tuple(c[i * size : (i + 1) * size] for c in cotangents))[0] for i, (_, vjp) in enumerate(chunks)]
     scale = n if loss_reduction == "mean" else 1

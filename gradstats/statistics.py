@@ -1,75 +1,31 @@
-"""The menu: what each statistic needs from the leaves and how raw sums become numbers.
+"""The menu: every statistic that `attach` knows by name.
 
-Contributions add up over accumulation steps, so leaves only ever keep raw sums; scale and batch size enter here, once,
-on reading.
-
-    g_b = scale c_b          scale = B for a mean loss, 1 for a sum loss
-    m   = scale/B sum c_b    mean gradient
-    q   = scale^2/B sum c_b^2
+c_b  contributions, sum_b c_b = p.grad        g_b = scale c_b, scale = B for a mean loss, 1 for a sum loss
+m    mean of g_b                              q, s2  mean of g_b^2, and its unbiased variance
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from gradstats.contribution import wide
 from gradstats.errors import GradstatsError
-
-# The raw sums of contribution.py, and whether each is shaped like the parameter or has one entry an example.
-SUMS = {"sum_of_squares": "parameter", "squared_norms": "example"}
-
-
-@dataclass(frozen=True)
-class Window:
-    """What was backpropagated since the gradient was last None.
-
-    `sums` maps names of SUMS to raw sums of one parameter; `gradient` is sum_b c_b, that is p.grad.
-    """
-
-    sums: Mapping[str, Tensor]
-    gradient: Tensor | None
-    batch_size: int
-    loss_reduction: str
-
-    @property
-    def scale(self) -> float:
-        return float(self.batch_size) if self.loss_reduction == "mean" else 1.0
-
-    @property
-    def mean(self) -> Tensor:
-        """m (*shape)."""
-        if self.gradient is None:
-            raise GradstatsError(
-                "the mean gradient is needed, but p.grad is None: read this statistic before zero_grad()"
-            )
-        return wide(self.gradient) * (self.scale / self.batch_size)
-
-
-class Statistic(ABC):
-    """One entry of the menu."""
-
-    name: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]]
-    needs_gradient: ClassVar[bool] = False
-
-    @staticmethod
-    @abstractmethod
-    def read(window: Window) -> Tensor: ...
+from gradstats.histogram import Histogram
+from gradstats.noise_scale import NoiseEstimate, estimate
+from gradstats.projection import Projection
+from gradstats.sums import SQUARED_NORMS, SUM_OF_SQUARES, Block, register
+from gradstats.window import BlockStatistic, Statistic, Window
 
 
 class SecondMoment(Statistic):
     """q = (1/B) sum_b g_b^2, elementwise (*shape). Units: gradient squared."""
 
     name = "second_moment"
-    needs = ("sum_of_squares",)
+    needs = (SUM_OF_SQUARES,)
 
-    @staticmethod
-    def read(window: Window) -> Tensor:
+    def read(self, window: Window) -> Tensor:
         return window.sums["sum_of_squares"] * (window.scale**2 / window.batch_size)
 
 
@@ -84,30 +40,169 @@ class Variance(Statistic):
     """
 
     name = "variance"
-    needs = ("sum_of_squares",)
+    needs = (SUM_OF_SQUARES,)
     needs_gradient = True
 
-    @staticmethod
-    def read(window: Window) -> Tensor:
+    def read(self, window: Window) -> Tensor:
         b = window.batch_size
         if b < 2:
             raise GradstatsError("the variance over examples needs at least two examples; this batch has one")
-        q = SecondMoment.read(window)
+        q = SecondMoment().read(window)
         return (q - window.mean.square()).mul_(b / (b - 1)).clamp_(min=0)
+
+
+class SignalToNoise(Statistic):
+    """|m| / sqrt(s2), elementwise (*shape): how far the mean gradient of one example stands out of its spread.
+
+    That of the batch's mean is sqrt(B) times as large. inf where the examples agree to the last digit, 0 where no
+    example has a gradient. Raises: GradstatsError for B = 1.
+    """
+
+    name = "snr"
+    needs = (SUM_OF_SQUARES,)
+    needs_gradient = True
+
+    def read(self, window: Window) -> Tensor:
+        m, s2 = window.mean.abs(), Variance().read(window)
+        return torch.where(m == 0, 0, m / s2.sqrt())
 
 
 class Norms(Statistic):
     """||g_b||, Euclidean norm of each example's gradient (B,), in the order in which the examples were seen."""
 
     name = "norms"
-    needs = ("squared_norms",)
+    needs = (SQUARED_NORMS,)
 
-    @staticmethod
-    def read(window: Window) -> Tensor:
+    def read(self, window: Window) -> Tensor:
         return window.sums["squared_norms"].sqrt() * window.scale
 
 
-STATISTICS: dict[str, type[Statistic]] = {s.name: s for s in (SecondMoment, Variance, Norms)}
+class SimpleNoiseScale(Statistic):
+    """|G|^2, tr Sigma and their ratio, the simple noise scale; unbiased, of one batch (noise_scale.py).
+
+    Raises: GradstatsError for B = 1.
+    """
+
+    name = "noise_scale"
+    needs = (SQUARED_NORMS,)
+    needs_gradient = True
+
+    def read(self, window: Window) -> NoiseEstimate:
+        mean_of_squares = window.sums["squared_norms"].sum() * (window.scale**2 / window.batch_size)
+        return estimate(window.mean.square().sum(), mean_of_squares, window.batch_size)
+
+    def total(self, windows: Sequence[Window]) -> NoiseEstimate:
+        parts = [self.read(window) for window in windows]
+        return NoiseEstimate(*(torch.stack(part).sum() for part in zip(*parts, strict=True)))
+
+
+class SignMean(BlockStatistic):
+    """(1/B) sum_b sign(g_b), elementwise (*shape)."""
+
+    name = "sign_mean"
+    per = "element"
+    ignores_zeros = True
+
+    def partial(self, block: Block) -> Tensor:
+        return block.c.sign().sum(0)
+
+    def read(self, window: Window) -> Tensor:
+        return window.sums[self.key] / window.batch_size
+
+
+class AbsMean(BlockStatistic):
+    """(1/B) sum_b |g_b|, elementwise (*shape)."""
+
+    name = "abs_mean"
+    per = "element"
+    ignores_zeros = True
+
+    def partial(self, block: Block) -> Tensor:
+        return block.c.abs().sum(0)
+
+    def read(self, window: Window) -> Tensor:
+        return window.sums[self.key] * (window.scale / window.batch_size)
+
+
+class MaxAbs(BlockStatistic):
+    """max_b |g_b|, elementwise (*shape)."""
+
+    name = "max_abs"
+    per = "element"
+    ignores_zeros = True
+
+    def partial(self, block: Block) -> Tensor:
+        return block.c.abs().amax(0)
+
+    @staticmethod
+    def merge(a: Tensor, b: Tensor) -> Tensor:
+        return torch.maximum(a, b)
+
+    def read(self, window: Window) -> Tensor:
+        return window.sums[self.key] * window.scale
+
+
+class Gram(BlockStatistic):
+    """<g_a, g_b> for all pairs of examples (B, B), of one backward pass."""
+
+    name = "gram"
+    per = "pair"
+    ignores_zeros = True
+
+    def partial(self, block: Block) -> Tensor:
+        return block.c @ block.c.T
+
+    def read(self, window: Window) -> Tensor:
+        return window.sums[self.key] * window.scale**2
+
+
+class CosineSimilarity(Statistic):
+    """<g_a, g_b> / (||g_a|| ||g_b||) for all pairs of examples (B, B); 0 for an example without a gradient."""
+
+    name = "cosine_similarity"
+    needs = (Gram(),)
+
+    def read(self, window: Window) -> Tensor:
+        gram = Gram().read(window)
+        norms = gram.diagonal().sqrt()
+        return torch.where(gram == 0, 0, gram / norms.outer(norms))
+
+
+STATISTICS: dict[str, type[Statistic]] = {
+    statistic.name: statistic
+    for statistic in (
+        SecondMoment,
+        Variance,
+        Norms,
+        SignMean,
+        AbsMean,
+        MaxAbs,
+        SignalToNoise,
+        SimpleNoiseScale,
+        Gram,
+        CosineSimilarity,
+        Histogram,
+        Projection,
+    )
+}
+
+
+# Known from the start, since forms have formulas for some of them: nothing else may take their names.
+for _statistic in STATISTICS.values():
+    for _raw in _statistic().needs:
+        register(_raw)
+
+
+def statistic_of(wanted: str | Statistic | type[Statistic]) -> Statistic:
+    """An entry of the menu by name, or a statistic of one's own by class or instance. Raises: GradstatsError."""
+    if isinstance(wanted, str):
+        if wanted not in STATISTICS:
+            raise GradstatsError(
+                f"unknown statistic {wanted!r}; the menu is {sorted(STATISTICS)}, and a subclass of "
+                f"gradstats.BlockStatistic adds to it"
+            )
+        return STATISTICS[wanted]()
+    return wanted() if isinstance(wanted, type) else wanted
 
 
 def reference_weight(batch_size: float, reference_batch_size: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradstats.compute import LossFunction, call, compute
+from gradstats.definitions import comparable, define
 from gradstats.errors import GradstatsError, VerificationError
-from gradstats.leaf import LEAF
+from gradstats.handle import Wanted
+from gradstats.statistics import statistic_of
+from gradstats.swap import LEAF
+
+# Beside the largest of its kind in the model, what is as good as zero.
+NEGLIGIBLE = 1e-6
 
 # Of the metric below, by the dtype in which the statistics are computed; the oracle is always in float64.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -50,9 +57,11 @@ def verify(
     loss_fn: LossFunction,
     x: Any,
     y: Any,
-    statistics: Sequence[str] = ("second_moment", "variance", "norms"),
+    statistics: Sequence[Wanted] = ("second_moment", "variance", "norms"),
     engine: str = "fused",
     loss_reduction: str = "mean",
+    granularity: str = "example",
+    microbatch_size: int | None = None,
     dtype: torch.dtype = torch.float64,
     tolerance: float | None = None,
 ) -> Verification:
@@ -60,10 +69,12 @@ def verify(
     cotangent.
 
     The error of a statistic of one parameter is ||a - b|| / max(||b||, 1e-6 ||b over all parameters||), b the oracle's;
-    that of a variance is relative to the second moment, from which it is the difference.
+    that of a variance is relative to the second moment, from which it is the difference. Signs, ratios and angles of
+    gradients that are zero but for rounding are not compared.
 
     Arguments:
         x, y, loss_fn: as for `compute`; a few examples are enough, two at least.
+        granularity, microbatch_size: as for `attach`; "token" has no oracle.
         dtype: in which the statistics under test are computed, on a copy of the model; the oracle's is float64. With
             dropout, which draws other masks in another dtype, leave it at float64.
         tolerance: of the error; None takes 1e-8 for float64, 1e-4 for float32.
@@ -73,24 +84,46 @@ def verify(
     """
     if any(LEAF in module.__dict__ for module in model.modules()):
         raise GradstatsError("verify attaches a copy of its own: detach() the model first, or verify before attach")
+    if granularity == "token":
+        raise GradstatsError("verify has no oracle for single positions: choose 'example' or 'microbatch'")
     limit = TOLERANCES[dtype] if tolerance is None else tolerance
+    menu = [statistic_of(wanted) for wanted in statistics]
     state = torch.random.get_rng_state()
-    oracle = per_example_oracle(
+    contributions = per_example_oracle(
         cast(copy.deepcopy(model), torch.float64), loss_fn, cast(x, torch.float64), cast(y, torch.float64)
     )
     torch.random.set_rng_state(state)
     tested = cast(copy.deepcopy(model), dtype)
-    found = compute(tested, loss_fn, cast(x, dtype), cast(y, dtype), statistics, engine, loss_reduction)
-    expected = oracle_statistics(oracle, loss_reduction)
+    found = compute(
+        tested,
+        loss_fn,
+        cast(x, dtype),
+        cast(y, dtype),
+        menu,
+        engine,
+        loss_reduction,
+        granularity,
+        microbatch_size,
+    )
+    gradients = {}
+    for name, c in contributions.items():
+        c = c.unflatten(0, (-1, microbatch_size)).sum(1) if microbatch_size else c
+        gradients[name] = c * len(c) if loss_reduction == "mean" else c
+    zero = NEGLIGIBLE * max(float(g.abs().max()) for g in gradients.values())
     rows = []
-    for statistic in statistics:
-        scale_by = expected["second_moment" if statistic == "variance" else statistic]
-        floor = 1e-6 * norm_of(scale_by.values())
-        for name, value in found.statistics[statistic].items():
-            error = norm_of([value.double() - expected[statistic][name]]) / max(
-                norm_of([scale_by[name]]), floor, 1e-300
-            )
-            rows.append(Row(name, tuple(tested.get_parameter(name).shape), statistic, float(error)))
+    for statistic in menu:
+        expected = {name: define(statistic, name, g, loss_reduction) for name, g in gradients.items()}
+        numbers = {name: comparable(statistic.name, expected[name], g, zero) for name, g in gradients.items()}
+        scale_by = {
+            name: norm_of(g.square().mean(0) if statistic.name == "variance" else numbers[name])
+            for name, g in gradients.items()
+        }
+        floor = NEGLIGIBLE * math.hypot(*scale_by.values())
+        for name, value in found.statistics[statistic.name].items():
+            tested_numbers = comparable(statistic.name, value, gradients[name], zero)
+            difference = [a.double() - b for a, b in zip(tested_numbers, numbers[name], strict=True)]
+            error = norm_of(difference) / max(scale_by[name], floor, 1e-300)
+            rows.append(Row(name, tuple(tested.get_parameter(name).shape), statistic.name, error))
     result = Verification(
         tuple(sorted(rows, key=lambda row: -row.error if row.error == row.error else -torch.inf)), limit
     )
@@ -127,17 +160,6 @@ def per_example_oracle(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) 
     return {name: torch.stack(c) for name, c in contributions.items()}
 
 
-def oracle_statistics(contributions: dict[str, Tensor], loss_reduction: str) -> dict[str, dict[str, Tensor]]:
-    """The definitions, applied to all contributions at once: variance from deviations."""
-    found: dict[str, dict[str, Tensor]] = {"second_moment": {}, "variance": {}, "norms": {}}
-    for name, c in contributions.items():
-        g = c * len(c) if loss_reduction == "mean" else c
-        found["second_moment"][name] = g.square().mean(0)
-        found["variance"][name] = (g - g.mean(0)).square().sum(0) / max(len(g) - 1, 1)
-        found["norms"][name] = g.flatten(1).norm(dim=1)
-    return found
-
-
 def cast(what: Any, dtype: torch.dtype) -> Any:
     """Floating-point tensors, or a module, in another dtype."""
     if isinstance(what, nn.Module):
@@ -145,5 +167,6 @@ def cast(what: Any, dtype: torch.dtype) -> Any:
     return tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, what)
 
 
-def norm_of(tensors) -> float:
-    return float(torch.stack([t.double().norm() for t in tensors]).norm())
+def norm_of(value: Any) -> float:
+    """Euclidean, over all tensors in it."""
+    return math.hypot(*(float(t.double().norm()) for t in tree_leaves(value)))

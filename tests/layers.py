@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 B = 5
 
 
 class Row(NamedTuple):
     make: Callable[[], nn.Module]
-    x: Callable[[], Tensor]
+    x: Callable[[], Any]  # a tensor, positional arguments in a tuple, or keyword arguments in a dict
 
 
 def floats(*shape: int) -> Callable[[], Tensor]:
@@ -76,6 +77,36 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class Steps(nn.Module):
+    """A cell called at every position, from zeros or from a state that is given."""
+
+    def __init__(self, cell: nn.RNNCellBase, given: bool):
+        super().__init__()
+        self.cell, self.given, self.start = cell, given, nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.start(x[:, 0]) if self.given else None
+        hx = (h, h.sin()) if self.given and isinstance(self.cell, nn.LSTMCell) else h
+        states = []
+        for t in range(x.shape[1]):
+            hx = self.cell(x[:, t], hx)
+            states += tree_leaves(hx)
+        return torch.cat(states, 1)
+
+
+class Outputs(nn.Module):
+    """A recurrent layer's h_t at all positions and last states of every example in one row."""
+
+    def __init__(self, layer: nn.RNNBase):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y, last = self.layer(x if self.layer.batch_first else x.transpose(0, 1))
+        y = y if self.layer.batch_first else y.transpose(0, 1)
+        return torch.cat([o.flatten(1) for o in (y, *(s.transpose(0, 1) for s in tree_leaves(last)))], 1)
+
+
 class Recomputed(nn.Module):
     """Layers under checkpointing."""
 
@@ -85,6 +116,19 @@ class Recomputed(nn.Module):
 
     def forward(self, x):
         return torch.utils.checkpoint.checkpoint(self.b, self.a(x), use_reentrant=self.reentrant)
+
+
+class Conv1D(nn.Module):
+    """That of transformers, as rules know it: by its name."""
+
+    __module__, __qualname__ = "transformers.pytorch_utils", "Conv1D"
+
+    def __init__(self, outputs: int, inputs: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
 
 
 LAYERS: dict[str, Row] = {
@@ -144,6 +188,59 @@ LAYERS: dict[str, Row] = {
         for mode in ("reflect", "replicate", "circular")
     },
     "conv3d": Row(lambda: nn.Conv3d(2, 4, 2, groups=2, stride=(1, 2, 1), padding=1), floats(2, 3, 4, 3)),
+    "transposed conv1d": Row(lambda: nn.ConvTranspose1d(3, 4, 3), floats(3, 7)),
+    "transposed conv1d, groups": Row(lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2, bias=False), floats(4, 5)),
+    "transposed conv2d": Row(
+        lambda: after(nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1), nn.ConvTranspose2d(4, 2, 2)),
+        floats(3, 3, 3),
+    ),
+    "transposed conv2d, non-square": Row(
+        lambda: nn.ConvTranspose2d(
+            4, 4, (3, 2), stride=(2, 3), padding=(0, 1), output_padding=(1, 0), groups=4, dilation=(1, 2)
+        ),
+        floats(4, 3, 4),
+    ),
+    "transposed conv2d, output size": Row(
+        lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), lambda: {"input": floats(3, 4, 4)(), "output_size": (10, 9)}
+    ),
+    "transposed conv2d, channels last": Row(
+        lambda: nn.ConvTranspose2d(3, 4, 3), lambda: floats(3, 4, 4)().contiguous(memory_format=torch.channels_last)
+    ),
+    "transposed conv3d": Row(
+        lambda: nn.ConvTranspose3d(2, 4, 2, groups=2, stride=(1, 2, 1), padding=1, output_padding=(0, 1, 0)),
+        floats(2, 3, 2, 3),
+    ),
+    **{
+        f"embedding bag, {mode}": Row(lambda mode=mode: nn.EmbeddingBag(7, 4, mode=mode), ids(6))
+        for mode in ("sum", "mean", "max")
+    },
+    **{
+        f"embedding bag, {mode}, padding": Row(
+            lambda mode=mode: nn.EmbeddingBag(4, 4, mode=mode, padding_idx=2), ids(6, top=4)
+        )
+        for mode in ("sum", "mean", "max")
+    },
+    "embedding bag, one id a bag": Row(lambda: nn.EmbeddingBag(7, 4), ids(1)),
+    "embedding bag, ids equal": Row(lambda: nn.EmbeddingBag(7, 4, mode="max"), lambda: torch.full((B, 6), 3)),
+    "embedding bag, padding only": Row(
+        lambda: nn.EmbeddingBag(7, 4, mode="max", padding_idx=0), lambda: ids(6)() * (torch.arange(B) % 2).unsqueeze(1)
+    ),
+    "embedding bag, weighted": Row(
+        lambda: nn.EmbeddingBag(4, 4, mode="sum", padding_idx=0),
+        lambda: {"input": ids(6, top=4)(), "per_sample_weights": torch.randn(B, 6)},
+    ),
+    "bilinear": Row(lambda: nn.Bilinear(3, 4, 2), lambda: (floats(3)(), floats(4)())),
+    "bilinear, positions": Row(lambda: nn.Bilinear(3, 4, 2), lambda: (floats(6, 3)(), floats(6, 4)())),
+    "bilinear without bias": Row(
+        lambda: nn.Bilinear(3, 4, 2, bias=False), lambda: (floats(2, 3, 3)(), floats(2, 3, 4)())
+    ),
+    "bilinear, frozen weight": Row(lambda: frozen(nn.Bilinear(3, 4, 2), "weight"), lambda: (floats(3)(), floats(4)())),
+    "prelu": Row(lambda: after(nn.Linear(4, 3), nn.PReLU()), floats(4)),
+    "prelu, positions": Row(lambda: nn.PReLU(init=-0.5), floats(3, 4, 4)),
+    "prelu, channels": Row(lambda: nn.PReLU(3), floats(3, 4, 4)),
+    "prelu, channels without positions": Row(lambda: nn.PReLU(3), floats(3)),
+    "transformers Conv1D": Row(lambda: Conv1D(3, 4), floats(4)),
+    "transformers Conv1D, positions": Row(lambda: after(Conv1D(3, 4), Conv1D(2, 3)), floats(6, 4)),
     "without a rule": Row(OwnsParameters, floats(3, 4)),
     "multi-head attention": Row(Attention, floats(3, 4)),
     "transformer layer": Row(
@@ -152,3 +249,35 @@ LAYERS: dict[str, Row] = {
     "checkpointed": Row(lambda: Recomputed(reentrant=False), floats(4)),
     "checkpointed, reentrant": Row(lambda: Recomputed(reentrant=True), floats(4)),
 }
+
+# Recurrent layers
+
+CELLS: dict[str, Callable[[], nn.RNNCellBase]] = {
+    "rnn cell": lambda: nn.RNNCell(4, 3),
+    "rnn cell, relu without bias": lambda: nn.RNNCell(4, 3, bias=False, nonlinearity="relu"),
+    "lstm cell": lambda: nn.LSTMCell(4, 3),
+    "gru cell": lambda: nn.GRUCell(4, 3),
+    "gru cell without bias": lambda: nn.GRUCell(4, 3, bias=False),
+}
+
+
+def steps(make: Callable[[], nn.RNNCellBase]) -> Row:
+    return Row(lambda: Steps(make(), given=True), floats(3, 4))
+
+
+# torch.func has no batching rule for these.
+RECURRENT: dict[str, Row] = {
+    "lstm cell": steps(CELLS["lstm cell"]),
+    "rnn": Row(lambda: Outputs(nn.RNN(4, 3)), floats(6, 4)),
+    "rnn, relu without bias": Row(lambda: Outputs(nn.RNN(4, 3, nonlinearity="relu", bias=False)), floats(6, 4)),
+    "lstm": Row(lambda: Outputs(nn.LSTM(4, 3, batch_first=True)), floats(6, 4)),
+    "lstm, projected": Row(lambda: Outputs(nn.LSTM(4, 3, proj_size=2, bidirectional=True)), floats(6, 4)),
+    "lstm, one position": Row(lambda: Outputs(nn.LSTM(4, 3)), floats(1, 4)),
+    "gru": Row(lambda: Outputs(nn.GRU(4, 3)), floats(6, 4)),
+    "gru, layers and directions": Row(
+        lambda: Outputs(nn.GRU(4, 3, num_layers=2, bidirectional=True, batch_first=True)), floats(6, 4)
+    ),
+    "gru, positions equal to examples": Row(lambda: Outputs(nn.GRU(4, 3)), floats(B, 4)),
+}
+
+LAYERS |= {name: steps(make) for name, make in CELLS.items() if name not in RECURRENT}

@@ -1,70 +1,146 @@
 """Engines "fused" and "vmap": leaves under the model, shadows for their statistics.
 
-Fused: a leaf for every module that owns parameters, by rule, or as a vmap leaf where there is none. Vmap: the whole
-model is one vmap leaf.
+Fused: a leaf for every module that owns parameters, by rule, or as a vmap leaf where there is none; the probe moves the
+boundary of a leaf up where a parameter is used outside of its module. Vmap: the whole model is one vmap leaf.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from gradstats.account import Account
+from gradstats.arguments import Arguments, ExampleDims, count_examples, signature
+from gradstats.caller import Caller
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.handle import Handle, table
-from gradstats.leaf import LEAF, Leaf, swap, unswap
+from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
-from gradstats.rules import Rule, fallback, find
+from gradstats.probe import Probe
+from gradstats.rules import Composite, Rule, fallback, find
 from gradstats.rules.registry import checked, refuse_coupling
+from gradstats.swap import LEAF, swap, unswap
 
 
 class FusedHandle(Handle):
     """Reads raw sums from the leaves."""
 
-    def __init__(self, model: nn.Module, statistics: Sequence[str], loss_reduction: str, whole: bool = False):
-        super().__init__(model, statistics, loss_reduction)
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Sequence[Any],
+        loss_reduction: str,
+        ignore: Sequence[str] = (),
+        example_dims: ExampleDims = 0,
+        granularity: str = "example",
+        microbatch_size: int | None = None,
+        whole: bool = False,
+    ):
+        super().__init__(model, statistics, loss_reduction, granularity, microbatch_size)
+        self.example_dims = example_dims
         self.leaves: list[Leaf] = []
         self.accounts: dict[str, Account] = {}  # by full name of the parameter
-        self.hooks: list[Any] = []
+        self.callers: list[nn.Module] = []
+        self.probed: set[Any] = set()  # signatures of calls
+        self.probe_cost = (0, 0, 0.0)  # probes, forwards of a few examples, seconds
         self.batch_norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self.ignored = self._ignored(ignore)
+        if any(LEAF in module.__dict__ for module in model.modules()):
+            raise GradstatsError("the model is attached already: use gradstats.attached(model), or detach() it first")
         try:
             if whole:
-                self._add(model, "", None)
+                self._add(model, "", None, "engine 'vmap'")
             else:
                 self._walk(model, "", set())
+            self._add_callers()
             if not any(p.requires_grad for p in self.parameters().values()):
                 raise CoverageError(f"{type(model).__name__} has no trainable parameters")
         except GradstatsError:
             self.detach()
             raise
         self._begin()
-        self.hooks = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True),
-        ]
 
     def _begin(self) -> None:
         self._names = {}
-        self.lifetime = Lifetime(list(self.accounts.values()), self.batch_norms)
+        self.probing: Probe | None = None
+        self.lifetime = Lifetime(list(self.accounts.values()))
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.lifetime.enter(args, kwargs)
+    def _ignored(self, ignore: Sequence[str]) -> set[int]:
+        """Parameters named, or within modules named, in `ignore`. Raises: GradstatsError for a name without any."""
+        found = set()
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        for entry in ignore:
+            own = [id(p) for name, p in named.items() if name == entry or name.startswith(entry + ".")]
+            if not own:
+                raise GradstatsError(f"ignore: no parameter or module is called '{entry}'")
+            found.update(own)
+        return found
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.lifetime.leave()
+    # Calls
+
+    @property
+    def outside(self) -> bool:
+        """Whether a call now would be an outermost one."""
+        return self.lifetime.examples is None and torch.is_grad_enabled()
+
+    @property
+    def forwarding(self) -> bool:
+        """Whether a forward is under way."""
+        return self.probing is not None or self.lifetime.examples is not None
+
+    @contextmanager
+    def outermost(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Around an outermost call."""
+        self.begin(module, args, kwargs)
+        try:
+            yield
+        finally:
+            self.lifetime.leave(module)
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """An outermost call begins; `lifetime.leave` is told of its end."""
+        for norm in self.batch_norms:
+            refuse_coupling(norm)
+        count = count_examples(args, kwargs, self.example_dims)
+        self._probe_once(module, args, kwargs)
+        self.lifetime.enter(module, count)
+
+    def _probe_once(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        kind = (module, module.training, signature(args, kwargs))
+        if kind in self.probed:
+            return
+        arguments = Arguments(args, kwargs, self.example_dims)
+        if arguments.count is None:
+            return
+        probe = Probe(self, module, arguments)
+        probe.establish()
+        self.probed.add(kind)
+        probes, forwards, seconds = self.probe_cost
+        self.probe_cost = probes + 1, forwards + probe.forwards, seconds + probe.seconds
+
+    def probe(self, *args: Any, **kwargs: Any) -> None:
+        """Runs the probe on the arguments of one call of the model, ahead of the first step: before torch.compile, or
+        on all ranks before training starts."""
+        with torch.enable_grad():
+            self._probe_once(self.model, args, kwargs)
+
+    # Leaves
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("model", "loss_reduction", "needs", "leaves", "accounts", "hooks", "batch_norms")
-        return {key: getattr(self, key) for key in kept}
+        left = ("_names", "probing", "lifetime", "probed")
+        return {key: value for key, value in self.__dict__.items() if key not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has seen nothing yet, and registers its own parameters when it is used."""
         self.__dict__.update(state)
+        self.probed = set()
         self._begin()
 
     def _walk(self, module: nn.Module, prefix: str, visited: set[int]) -> None:
@@ -73,47 +149,72 @@ class FusedHandle(Handle):
         visited.add(id(module))
         checked(prefix, refuse_coupling, module)
         parametrized = parametrize.is_parametrized(module)
-        if parametrized or any(p is not None for p in module._parameters.values()):
-            rule = None if parametrized else find(module)
-            if rule is not None or any(p.requires_grad for p in module.parameters()):
-                self._add(module, prefix, rule)
-            return
-        for name, child in module.named_children():
-            self._walk(child, f"{prefix}.{name}" if prefix else name, visited)
+        own = [p for p in module._parameters.values() if p is not None and id(p) not in self.ignored]
+        rule = None if parametrized or not own else find(module)
+        if rule is not None:
+            self._add(module, prefix, rule, "")
+        elif parametrized or any(p.requires_grad for p in own):
+            if any(p.requires_grad and id(p) not in self.ignored for p in module.parameters()):
+                why = "is parametrized" if parametrized else "owns parameters and has no rule"
+                self._add(module, prefix, None, why)
+        else:
+            for name, child in module.named_children():
+                self._walk(child, f"{prefix}.{name}" if prefix else name, visited)
 
-    def _add(self, module: nn.Module, prefix: str, rule: type[Rule] | None) -> None:
-        if any(LEAF in child.__dict__ for child in module.modules()):
-            raise GradstatsError(
-                f"module '{prefix}' is attached already: use gradstats.attached(model), or detach() it first"
-            )
+    def _add(self, module: nn.Module, prefix: str, rule: type[Rule] | type[Composite] | None, why: str) -> None:
         checked(prefix, fallback.check if rule is None else rule.check, module)
-        parameters = dict(module.named_parameters(recurse=rule is None))
-        leaf = Leaf(self, module, prefix, rule, tuple(parameters))
-        known = {id(p): name for name, p in self.parameters().items()}
-        for name, p in parameters.items():
-            full = leaf.accounts[name].name
-            if isinstance(p, UninitializedParameter):
-                raise CoverageError(f"parameter '{full}' is not initialised: call the model once before attach")
-            if p.is_complex():
-                raise CoverageError(f"parameter '{full}' is complex: rules and squares are for real parameters")
-            if id(p) in known and p.requires_grad:
-                raise CoverageError(
-                    f"parameter '{full}' {tuple(p.shape)} is shared with '{known[id(p)]}': their contributions must be "
-                    f"summed per example before squaring. attach(model, engine='vmap') does so for models that vmap."
-                )
-            self.accounts[full] = leaf.accounts[name]
+        accounts = {}
+        for name, p in module.named_parameters(recurse=rule is None):
+            if id(p) not in self.ignored:
+                accounts[name] = self._account(module, prefix, name, p)
+        leaf = Leaf(self, module, prefix, rule, accounts, why)
         swap(module, leaf)
         self.leaves.append(leaf)
 
+    def _account(self, module: nn.Module, prefix: str, name: str, p: nn.Parameter) -> Account:
+        """The account of a parameter, the same one wherever it is used."""
+        full = f"{prefix}.{name}" if prefix else name
+        if isinstance(p, UninitializedParameter):
+            raise CoverageError(f"parameter '{full}' is not initialised: call the model once before attach")
+        if p.is_complex():
+            raise CoverageError(f"parameter '{full}' is complex: rules and squares are for real parameters")
+        for account in self.accounts.values():
+            if account.parameter is p:
+                return account
+        path, _, attribute = name.rpartition(".")
+        self.accounts[full] = Account(self, module.get_submodule(path), attribute, full)
+        return self.accounts[full]
+
+    def _add_callers(self) -> None:
+        """Every other module that computes may be the outermost one of a call, and is seen by the probe."""
+        served = {
+            module for leaf in self.leaves for module in (leaf.module.modules() if leaf.rule is None else [leaf.module])
+        }
+        for prefix, module in self.model.named_modules():
+            computes = type(module).forward is not nn.Module.forward and any(True for _ in module.children())
+            if computes and module not in served:
+                swap(module, Caller(self, module, prefix))
+                self.callers.append(module)
+
+    def move_up(self, module: nn.Module, why: str) -> None:
+        """Makes `module` one vmap leaf, in place of the leaves inside of it."""
+        inside = set(module.modules())
+        prefix = next(name for name, m in self.model.named_modules() if m is module)
+        for child in inside:
+            unswap(child)
+        self.leaves = [leaf for leaf in self.leaves if leaf.module not in inside]
+        self.callers = [caller for caller in self.callers if caller not in inside]
+        self._add(module, prefix, None, why)
+
     def detach(self) -> None:
         super().detach()
-        for hook in self.hooks:
-            hook.remove()
         for account in self.accounts.values():
             account.close()
-        for leaf in self.leaves:
-            unswap(leaf.module)
-        self.leaves, self.accounts = [], {}
+        for module in (*(leaf.module for leaf in self.leaves), *self.callers):
+            unswap(module)
+        self.leaves, self.callers, self.accounts = [], [], {}
+
+    # Reading
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: account.parameter for name, account in self.accounts.items() if account.present}
@@ -141,7 +242,27 @@ class FusedHandle(Handle):
         return sum(self.lifetime.sizes.values())
 
     def coverage(self) -> str:
-        return table((a.name, a.parameter, leaf.served_by) for leaf in self.leaves for a in leaf.accounts.values())
+        rows, seen = [], set()
+        for leaf in self.leaves:
+            for account in leaf.accounts.values():
+                if account not in seen:
+                    seen.add(account)
+                    serving = [other for other in self.leaves if account in other.accounts.values()]
+                    served = " + ".join(dict.fromkeys(other.served_by for other in serving))
+                    why = "; ".join(dict.fromkeys(other.why for other in serving if other.why))
+                    if len(serving) > 1 or (account.uses or 0) > 1:
+                        served = f"shared: {served}"
+                    rows.append((account.name, account.parameter, account.uses, served, why))
+        for name, p in self.model.named_parameters():
+            if id(p) in self.ignored:
+                rows.append((name, p, None, "ignored", "named in ignore"))
+        probes, forwards, seconds = self.probe_cost
+        cost = (
+            f"{probes} probe(s): {forwards} forwards of up to 3 examples, {seconds:.2f} s"
+            if probes
+            else "not probed yet"
+        )
+        return f"{table(rows)}\n{cost}"
 
     def new_examples(self) -> None:
         self.lifetime.new_examples()

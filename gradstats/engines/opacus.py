@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradstats.contribution import Dense
+from gradstats.arguments import ExampleDims
+from gradstats.contribution import Contribution, Dense
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.handle import Handle, handle_of, table
 from gradstats.rules.registry import refuse_coupling
@@ -21,8 +22,21 @@ from gradstats.rules.registry import refuse_coupling
 class OpacusHandle(Handle):
     """Reads p.grad_sample."""
 
-    def __init__(self, model: nn.Module, statistics: Sequence[str], loss_reduction: str):
-        super().__init__(model, statistics, loss_reduction)
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Sequence[Any],
+        loss_reduction: str,
+        ignore: Sequence[str] = (),
+        example_dims: ExampleDims = 0,
+        granularity: str = "example",
+        microbatch_size: int | None = None,
+    ):
+        super().__init__(model, statistics, loss_reduction, granularity, microbatch_size)
+        if ignore or example_dims != 0:
+            raise GradstatsError("engine 'opacus' knows neither ignore nor example_dims: use engine='fused'")
+        if granularity == "token":
+            raise GradstatsError("engine 'opacus' has no positions: use granularity='example' or engine='fused'")
         try:
             from opacus.grad_sample.grad_sample_module import GradSampleHooks
         except ImportError as error:
@@ -68,8 +82,10 @@ class OpacusHandle(Handle):
         # Entries older than the gradient are of windows that zero_grad() has ended; Opacus never clears them.
         parts = (samples if isinstance(samples, list) else [samples])[-self._passes[name] :]
         p.grad_sample = parts  # type: ignore[attr-defined]
-        c = torch.cat(parts)
-        return Dense(c).sums(needs)[1], len(c)
+        contribution: Contribution = Dense(torch.cat(parts))
+        contribution.parameter = name
+        contribution = contribution.regroup(self.granularity, self.microbatch_size)
+        return contribution.sums(needs)[1], contribution.count
 
     def untouched(self, name: str) -> bool:
         grad = self.parameters()[name].grad
@@ -83,7 +99,7 @@ class OpacusHandle(Handle):
         return max((self.sums(name, ())[1] for name in self._passes), default=0)
 
     def coverage(self) -> str:
-        return table((name, p, "Opacus") for name, p in self.parameters().items())
+        return table((name, p, None, "Opacus", "") for name, p in self.parameters().items())
 
     def new_examples(self) -> None:
         raise GradstatsError("engine 'opacus' cannot hold two forwards in flight: use engine='fused'")

@@ -1,6 +1,35 @@
 """One file per kind of layer; importing this package fills the registry."""
 
-from gradstats.rules import convolution, embedding, fallback, linear, normalization
-from gradstats.rules.registry import Rule, find
+from gradstats.rules import (
+    activation,
+    bilinear,
+    convolution,
+    embedding,
+    embedding_bag,
+    fallback,
+    hugging_face,
+    linear,
+    normalization,
+    recurrent,
+    transposed,
+    unrolled,
+)
+from gradstats.rules.registry import Composite, Rule, find
 
-__all__ = ["Rule", "convolution", "embedding", "fallback", "find", "linear", "normalization"]
+__all__ = [
+    "Composite",
+    "Rule",
+    "activation",
+    "bilinear",
+    "convolution",
+    "embedding",
+    "embedding_bag",
+    "fallback",
+    "find",
+    "hugging_face",
+    "linear",
+    "normalization",
+    "recurrent",
+    "transposed",
+    "unrolled",
+]

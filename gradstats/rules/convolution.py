@@ -2,34 +2,68 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from gradstats.contribution import Contribution, Dense, Streamed
-from gradstats.rules.registry import Rule, example_sum, rule
+from gradstats.contribution import Contribution, PositionSum, Streamed
+from gradstats.rules.registry import Rule, rule
 
 aten = torch.ops.aten
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Settings(NamedTuple):
+    """What torch's kernel takes beside tensors, in its order."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+    def input_gradient(self, d: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return aten.convolution_backward(d, x, weight, None, *self, [True, False, False])[0]
+
+    def weight_gradient(self, d: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return aten.convolution_backward(d, x, weight, None, *self, [False, True, False])[1]
 
 
 class ConvolutionWeight(Streamed):
     """c_b is the weight gradient of a convolution over example b alone: x (n, i, ...), d (n, o, ...)."""
 
-    def __init__(self, d: Tensor, x: Tensor, weight: Tensor, stride, padding, dilation, groups: int):
-        self.d, self.x, self.weight = d, x, weight
-        self.settings = (stride, padding, dilation, False, [0] * len(stride), groups)
+    def __init__(self, d: Tensor, x: Tensor, weight: Tensor, settings: Settings):
+        self.d, self.x, self.weight, self.settings = d, x, weight, settings
         self.count, self.shape, self.dtype, self.device = d.shape[0], tuple(weight.shape), d.dtype, d.device
 
-    def weight_gradient(self, d: Tensor, x: Tensor) -> Tensor:
-        return aten.convolution_backward(d, x, self.weight, None, *self.settings, [False, True, False])[1]
-
     def example(self, n: int) -> Tensor:
-        return self.weight_gradient(self.d[n : n + 1], self.x[n : n + 1])
+        return self.settings.weight_gradient(self.d[n : n + 1], self.x[n : n + 1], self.weight)
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        if self.settings.groups > 1:
+            return super().tile(rows, columns)
+        # The weight's rows are channels of the output, or of the input of a transposed convolution.
+        d, x = (self.d, self.x[:, rows]) if self.settings.transposed else (self.d[:, rows], self.x)
+        part = ConvolutionWeight(d, x, self.weight[rows], self.settings)
+        return torch.stack([part.example(n).flatten(1)[:, columns] for n in range(self.count)])
 
     def gradient(self) -> Tensor:
-        return self.weight_gradient(self.d, self.x)
+        return self.settings.weight_gradient(self.d, self.x, self.weight)
+
+
+def contributions_of(
+    d: Tensor, x: Tensor, weight: Tensor, settings: Settings, wanted: frozenset[str]
+) -> dict[str, Contribution]:
+    """c_b of the weight, and sum_t d_bt of the bias."""
+    contributions: dict[str, Contribution] = {}
+    if "weight" in wanted:
+        contributions["weight"] = ConvolutionWeight(d, x, weight, settings)
+    if "bias" in wanted:
+        contributions["bias"] = PositionSum(d.movedim(1, -1), 1)
+    return contributions
 
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,38 +85,32 @@ class Convolution(Rule):
             before, after = [t // 2 for t in total], [t - t // 2 for t in total]
         else:
             before = after = list(module.padding)
+        none = [0] * len(before)
         if zeros and before == after:
             pad, padding = None, before
         else:
             pad = [side for pair in zip(reversed(before), reversed(after), strict=True) for side in pair]
-            padding = [0] * len(before)
+            padding = none
         mode = "constant" if zeros else module.padding_mode
-        return pad, mode, list(module.stride), padding, list(module.dilation), module.groups
+        settings = Settings(list(module.stride), padding, list(module.dilation), False, none, module.groups)
+        return pad, mode, settings
 
     @staticmethod
     def forward(options, x, parameters):
-        pad, mode, *settings = options
-        stride, padding, dilation, groups = settings
+        pad, mode, settings = options
         weight = parameters["weight"]
         padded = x if pad is None else F.pad(x, pad, mode=mode)
-        convolve = CONVOLUTIONS[weight.dim() - 2]
-        return convolve(padded, weight, parameters["bias"], stride, padding, dilation, groups), (x, weight)
+        return torch.convolution(padded, weight, parameters["bias"], *settings), (x, weight)
 
     @staticmethod
     def backward(options, saved, d, wanted):
-        pad, mode, stride, padding, dilation, groups = options
+        pad, mode, settings = options
         x, weight = saved
         padded, unpad = x, None
         if pad is not None:
             padded, unpad = torch.func.vjp(lambda x: F.pad(x, pad, mode=mode), x)
         grad_input = None
         if "input" in wanted:
-            settings = (stride, padding, dilation, False, [0] * len(stride), groups)
-            grad_input = aten.convolution_backward(d, padded, weight, None, *settings, [True, False, False])[0]
+            grad_input = settings.input_gradient(d, padded, weight)
             grad_input = grad_input if unpad is None else unpad(grad_input)[0]
-        contributions: dict[str, Contribution] = {}
-        if "weight" in wanted:
-            contributions["weight"] = ConvolutionWeight(d, padded, weight, stride, padding, dilation, groups)
-        if "bias" in wanted:
-            contributions["bias"] = Dense(example_sum(d.movedim(1, -1), keep=1))
-        return grad_input, contributions
+        return grad_input, contributions_of(d, padded, weight, settings, wanted)

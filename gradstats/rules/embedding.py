@@ -15,6 +15,7 @@ class Embedding(Rule):
     """c_b[r] = sum of d_bt over the positions t with ids_bt = r; none for the padding row."""
 
     parameters = ("weight",)
+    leading_alike = True
 
     @staticmethod
     def check(module):
@@ -30,6 +31,10 @@ class Embedding(Rule):
     @staticmethod
     def unbatched(module, x):
         return x.dim() < 1
+
+    @staticmethod
+    def looked_up(x):
+        return x
 
     @staticmethod
     def options(module):

@@ -1,14 +1,15 @@
 """The vmap leaf: any module without a rule, run under torch.func.vmap with one copy of its parameters per example.
 
 Each parameter is expanded to (n, *shape) with stride 0; the gradient of the expanded tensor IS the stack of
-contributions c_b. Exact for whatever vmaps, at the price of n copies of the module's gradient during the backward.
+contributions c_b. Exact for whatever vmaps, at the price of n copies of the module's gradient during the backward. What
+does not vmap (recurrent layers, control flow that depends on data) runs once an example, in a loop.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from gradstats.contribution import Dense
 from gradstats.errors import CoverageError
+from gradstats.layout import FIRST, Layout
 from gradstats.rules.registry import Rule, refuse, refuse_coupling
 
 
@@ -58,16 +60,14 @@ class EmbeddingUnderVmap(TorchFunctionMode):
         return torch.where((ids == padding_idx % weight.shape[0]).unsqueeze(-1), rows.detach(), rows)
 
 
+class DoesNotVmap(CoverageError):
+    """The module does not run under torch.func.vmap."""
+
+
 def check(module: nn.Module) -> None:
-    """Raises CoverageError for modules known to couple examples, not to vmap, or to hide the example dimension."""
+    """Raises CoverageError for modules known to couple examples."""
     for child in module.modules():
         refuse_coupling(child)
-        if isinstance(child, nn.RNNBase):
-            raise refuse(
-                child, "torch.func has no batching rule for recurrent layers", "Leave it out of the attached model"
-            )
-        if getattr(child, "batch_first", True) is False:
-            raise refuse(child, "batch_first=False puts positions before examples", "Build it with batch_first=True")
 
 
 class Body(nn.Module):
@@ -82,98 +82,157 @@ class Body(nn.Module):
 
 
 class OverExamples:
-    """A module's forward as a function of parameters and rows, to be mapped over both, an example at a time.
+    """One call of a module as a function of parameters and of one example, to be mapped over both."""
 
-    `rows` are the arguments' tensors with one row an example (n, ...); the others are shared by all examples.
-    """
-
-    def __init__(self, module: nn.Module, kind: type[nn.Module], args: Any, kwargs: Any, n: int):
+    def __init__(self, module: nn.Module, kind: type[nn.Module], args: Any, kwargs: Any):
         self.module, self.body = module, Body(module, kind)
+        self.args, self.kwargs = args, kwargs
         self.flat, self.spec = tree_flatten((args, kwargs))
-        self.mapped = [has_rows(module, value, n, first=i == 0) for i, value in enumerate(self.flat)]
-        self.rows = [value for value, mapped in zip(self.flat, self.mapped, strict=True) if mapped]
-        self.output: tuple[list[Any], Any] = ([], None)  # of one example: its leaves and their structure
+        self.outputs: list[Any] = []  # of one example, and their structure
+        self.structure: Any = None
 
-    def __call__(self, parameters: dict[str, Tensor], *rows: Tensor) -> tuple[Tensor, ...]:
-        """The output's tensors for one example, without the dimension of examples."""
-        row = iter(rows)
-        inputs = [next(row).unsqueeze(0) if mapped else v for v, mapped in zip(self.flat, self.mapped, strict=True)]
-        args, kwargs = tree_unflatten(inputs, self.spec)
-        inner = {f"inner.{name}": p for name, p in parameters.items()}
-        outputs, spec = tree_flatten(torch.func.functional_call(self.body, inner, args, kwargs))
-        self.output = outputs, spec
-        tensors = [o for o in outputs if isinstance(o, Tensor)]
-        for o in tensors:
-            if o.dim() == 0 or o.shape[0] != 1:
+    @property
+    def key(self) -> Any:
+        """The kind of call: structure of the arguments and ranks of the tensors in it."""
+        return self.spec, tuple(x.dim() if isinstance(x, Tensor) else None for x in self.flat)
+
+    def plain(self, buffers: dict[str, Tensor]) -> list[Any]:
+        """The outputs over the whole batch."""
+        named = {f"inner.{name}": buffer for name, buffer in buffers.items()}
+        return tree_leaves(torch.func.functional_call(self.body, named, self.args, self.kwargs))
+
+    def mapped(self, layouts: Sequence[Layout | None], n: int) -> list[Tensor]:
+        """The tensors that have examples, as (n, ...)."""
+        return [layout.examples(v, n) for layout, v in zip(layouts, self.flat, strict=False) if layout is not None]
+
+    def over(self, layouts: Sequence[Layout | None]):
+        """The function of parameters and one example's tensors, which gives its output's tensors."""
+        inputs = layouts[: len(self.flat)]
+
+        def one(parameters: dict[str, Tensor], *rows: Tensor) -> tuple[Tensor, ...]:
+            row = iter(rows)
+            flat = [v if layout is None else next(row) for layout, v in zip(inputs, self.flat, strict=True)]
+            args, kwargs = tree_unflatten(flat, self.spec)
+            inner = {f"inner.{name}": p for name, p in parameters.items()}
+            self.outputs, self.structure = tree_flatten(torch.func.functional_call(self.body, inner, args, kwargs))
+            return tuple(o for o in self.outputs if isinstance(o, Tensor))
+
+        return one
+
+    def rebuild(self, results: Sequence[Tensor], layouts: Sequence[Layout | None], otherwise: Layout = FIRST) -> Any:
+        """The output in its own structure, from its tensors (n, ...). Outputs without examples are those of the first
+        one; where layouts are missing, the examples are as in `otherwise`."""
+        known = iter(layouts[len(self.flat) :])
+        tensors = iter(results)
+        rebuilt = []
+        for o in self.outputs:
+            if not isinstance(o, Tensor):
+                rebuilt.append(o)
+                continue
+            layout, y = next(known, otherwise), next(tensors)
+            if layout is None:
+                rebuilt.append(y[0])
+                continue
+            if o.dim() <= layout.dim or (len(layouts) == len(self.flat) and o.shape[layout.dim] != 1):
                 raise refuse(
                     self.module,
                     f"for one example it returns a tensor of shape {tuple(o.shape)}, with no dimension of examples",
                     "Return losses and other reductions outside of the attached module",
                 )
-        return tuple(o.squeeze(0) for o in tensors)
-
-    def rebuild(self, results: Iterable[Tensor]) -> Any:
-        """The output in its own structure, from its tensors over all examples."""
-        outputs, spec = self.output
-        tensors = iter(results)
-        return tree_unflatten([next(tensors) if isinstance(o, Tensor) else o for o in outputs], spec)
+            rebuilt.append(layout.batch(y))
+        return tree_unflatten(rebuilt, self.structure)
 
 
 @contextmanager
 def vmappable(module: nn.Module) -> Iterator[None]:
-    """Inside, torch.func.vmap is right where by itself it fails or is silently wrong; what fails still is refused."""
+    """Inside, torch.func.vmap is right where by itself it fails or is silently wrong. Raises: DoesNotVmap."""
+    if any(isinstance(child, nn.RNNBase) for child in module.modules()):
+        raise DoesNotVmap("torch.func has no batching rule for recurrent layers")
+    # Checkpointing inside would only fail in the backward pass. Where hooks are set already, it is around us, and does
+    # no harm.
+    inside = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]  # about speed
     try:
-        # The fused attention kernels have no batching rule, and checkpointing would only fail in the backward pass.
-        with sdpa_kernel(SDPBackend.MATH), EmbeddingUnderVmap(), disable_saved_tensors_hooks("it uses checkpointing"):
+        # The fused attention kernels have no batching rule.
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            EmbeddingUnderVmap(),
+            disable_saved_tensors_hooks("it uses checkpointing") if inside else nullcontext(),
+        ):
             yield
     except CoverageError:
         raise
     except RuntimeError as error:
-        raise refuse(
-            module, f"it does not run under torch.func.vmap ({error})", "Split it into layers that have rules"
-        ) from error
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+        raise DoesNotVmap(f"{type(module).__name__} does not run under torch.func.vmap ({reason})") from error
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
 
 
-def run(over: OverExamples, expanded: dict[str, Tensor]) -> Any:
-    """The module over all examples, from its expanded parameters (n, *shape). Refuses what writes to a buffer."""
-    buffers = {id(buffer): (buffer, buffer._version) for buffer in over.module.buffers()}
-    with vmappable(over.module):
-        results = torch.func.vmap(over, randomness="different")(expanded, *over.rows)
-    for buffer in over.module.buffers():
+def run(
+    call: OverExamples, layouts: Sequence[Layout | None], expanded: dict[str, Tensor], n: int, loops: bool = False
+) -> Any:
+    """The module over n examples, from its expanded parameters (n, *shape). Refuses what writes to a buffer.
+
+    `layouts` are those of the arguments' leaves, and of the output's tensors (without them: examples first).
+    """
+    buffers = {id(buffer): (buffer, buffer._version) for buffer in call.module.buffers()}
+    one, rows = call.over(layouts), call.mapped(layouts, n)
+    if loops:
+        # unbind, since the gradient of one entry by index is as large as that of all.
+        copies = {name: p.unbind(0) for name, p in expanded.items()}
+        outputs = [one({name: p[b] for name, p in copies.items()}, *(x[b] for x in rows)) for b in range(n)]
+        results = [torch.stack(parts) for parts in zip(*outputs, strict=True)]
+    else:
+        with vmappable(call.module):
+            results = torch.func.vmap(one, randomness="different")(expanded, *rows)
+    for buffer in call.module.buffers():
         if buffers.get(id(buffer), (buffer, -1))[1] != buffer._version:
             raise refuse(
-                over.module,
+                call.module,
                 "its forward writes to a buffer, once for every example instead of once for the batch",
                 "Update the buffer outside of the attached module",
             )
-    return over.rebuild(results)
+    return call.rebuild(results, layouts)
 
 
-def compare(over: OverExamples, args: Any, kwargs: Any, n: int) -> None:
+def compare(call: OverExamples, layouts: Sequence[Layout | None], n: int, loops: bool = False) -> None:
     """Refuses a module whose output for an example changes when it sees the example alone.
 
     What mixes rows, divides by the size of the batch, or shares an argument that happens to have as many rows as the
-    batch has examples shows here. A module that draws random numbers is not compared: its two outputs differ anyway.
+    batch has examples shows here. A module that draws random numbers in training is compared in evaluation mode.
     """
-    module = over.module
-    named = {f"inner.{name}": buffer for name, buffer in module.named_buffers()}
+    module = call.module
+    training = {child: child.training for child in module.modules()}
+    devices = {p.device for p in module.parameters() if p.is_cuda}
 
     def plain(seed: int) -> list[Tensor]:
         torch.manual_seed(seed)
-        copies = {name: buffer.clone() for name, buffer in named.items()}
-        outputs = tree_flatten(torch.func.functional_call(over.body, copies, args, kwargs))[0]
-        return [o for o in outputs if isinstance(o, Tensor)]
+        return tensors_in(call.plain({name: buffer.clone() for name, buffer in module.named_buffers()}))
 
-    devices = {p.device for p in module.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
-        whole, again = plain(0), plain(1)
-        if not all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)):
-            return
+    def alone() -> list[Tensor]:
         expanded = {name: p.expand(n, *p.shape) for name, p in module.named_parameters()}
-        alone = [o for o in tree_flatten(run(over, expanded))[0] if isinstance(o, Tensor)]
-    for a, b in zip(whole, alone, strict=True):
+        return tensors_in(tree_leaves(run(call, layouts, expanded, n, loops)))
+
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.enable_grad():
+            whole = plain(0)
+            if not same(whole, plain(1)):
+                module.eval()
+                whole = plain(0)
+                if not same(whole, plain(1)):
+                    return
+            found = alone()
+    finally:
+        for child, mode in training.items():
+            child.training = mode
+    for a, b in zip(whole, found, strict=True):
         # Far above the rounding of another order of summation, far below any coupling of consequence.
         tolerance = 1e-2 if a.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if a.shape[:1] == (1,) and a.shape[1:] == b.shape[1:]:
+            a = a.expand_as(b)  # shared by all examples, and repeated for each
+        if not a.is_floating_point():
+            a, b = a.double(), b.double()
         if a.shape != b.shape or bool(((a - b).abs() > tolerance * (1e-6 + a.abs().max())).any()):
             raise refuse(
                 module,
@@ -182,14 +241,9 @@ def compare(over: OverExamples, args: Any, kwargs: Any, n: int) -> None:
             )
 
 
-def has_rows(module: nn.Module, value: Any, n: int, first: bool) -> bool:
-    """Whether an argument has one row an example; what all examples share has not."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != n:
-        return False
-    if n > 1 and not first and value.dim() == 2 and value.shape[1] == n:
-        raise refuse(
-            module,
-            f"an argument of shape {tuple(value.shape)} could be one row an example or a square shared by all",
-            "Use another batch size",
-        )
-    return True
+def tensors_in(values: Sequence[Any]) -> list[Tensor]:
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradstats.contribution import Contribution, Dense, Outer, OuterSum
-from gradstats.rules.registry import Rule, example_sum, rule
+from gradstats.contribution import Contribution, Outer, OuterSum, PositionSum
+from gradstats.rules.registry import Rule, rule
 
 
 @rule(nn.Linear)
@@ -14,6 +14,7 @@ class Linear(Rule):
     """c_b = sum_t d_bt a_bt^T for the weight, sum_t d_bt for the bias; any number of position dimensions."""
 
     autocast = "low"
+    leading_alike = True
 
     @staticmethod
     def forward(options, x, parameters):
@@ -27,7 +28,7 @@ class Linear(Rule):
         if "weight" in wanted:
             contributions["weight"] = outer(d, a)
         if "bias" in wanted:
-            contributions["bias"] = Dense(example_sum(d, keep=1))
+            contributions["bias"] = PositionSum(d, 1)
         return d @ weight if "input" in wanted else None, contributions
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from gradstats.contribution import Contribution, Dense, wide
-from gradstats.rules.registry import Rule, example_sum, refuse, refuse_coupling, rule
+from gradstats.contribution import Contribution, PositionSum, wide
+from gradstats.rules.registry import Rule, refuse, refuse_coupling, rule
 
 aten = torch.ops.aten
 
@@ -18,9 +18,9 @@ def affine(d: Tensor, xhat: Tensor, keep: int, wanted: frozenset[str]) -> dict[s
     contributions: dict[str, Contribution] = {}
     d = wide(d)  # xhat can be wider than the output: mean and deviation are kept in float32
     if "weight" in wanted:
-        contributions["weight"] = Dense(example_sum(d * xhat, keep))
+        contributions["weight"] = PositionSum(d * xhat, keep)
     if "bias" in wanted:
-        contributions["bias"] = Dense(example_sum(d, keep))
+        contributions["bias"] = PositionSum(d, keep)
     return contributions
 
 
@@ -34,6 +34,7 @@ class LayerNorm(Rule):
     """Normalises the trailing `normalized_shape` dimensions."""
 
     autocast = "float32"
+    leading_alike = True
 
     @staticmethod
     def unbatched(module, x):
@@ -64,6 +65,7 @@ class RMSNorm(Rule):
     """xhat = x / sqrt(mean(x^2) + eps) over the trailing `normalized_shape` dimensions."""
 
     autocast = "float32"
+    leading_alike = True
 
     @staticmethod
     def unbatched(module, x):

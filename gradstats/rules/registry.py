@@ -1,6 +1,7 @@
 """One file per kind of layer. A rule says how a leaf computes its forward and what its parameters' contributions are.
 
-A rule is found along the MRO of the module's class (FSDP swaps the class), up to the class that it was written for.
+A composite says how a layer is made of several rules. Both are found along the MRO of the module's class (FSDP swaps
+the class), up to the class that they were written for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradstats.contribution import Contribution
 from gradstats.errors import CoverageError
 
-RULES: dict[type[nn.Module], type[Rule]] = {}
+# By class, or by qualified name for classes of libraries that this one does not import.
+RULES: dict[type[nn.Module] | str, type[Rule] | type[Composite]] = {}
 
 
 # Methods in which a layer computes its output; a subclass that overrides one is another layer.
@@ -26,10 +28,16 @@ class Rule(ABC):
     """Forward and backward of one kind of layer, without state.
 
     `saved` is whatever tensors backward needs; `parameters` maps the module's own names to tensors, None where absent.
+    Where a layer takes several inputs, or gives several outputs, x, y and d are tuples of tensors. The examples are in
+    the first dimension of all of them.
     """
 
     # All that the module may own directly; other tools rename what they reparametrise.
     parameters: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    # Tensors that forward takes, in order.
+    inputs: ClassVar[tuple[str, ...]] = ("input",)
+    # Whether examples may be in any dimension of the module's input, since the layer treats leading ones alike.
+    leading_alike: ClassVar[bool] = False
     # What autocast does to this layer's inputs: run in the low precision, in float32, or leave alone.
     autocast: ClassVar[Literal["low", "float32"] | None] = None
 
@@ -38,9 +46,19 @@ class Rule(ABC):
         """Raises CoverageError for settings of the module that the rule does not cover."""
 
     @staticmethod
-    def unbatched(module: Any, x: Tensor) -> bool:
+    def bind(module: Any, input: Any) -> Any:
+        """x from the arguments of the module's call. Overridden with the layer's own signature."""
+        return input
+
+    @staticmethod
+    def unbatched(module: Any, x: Any) -> bool:
         """Whether x lacks the dimension of examples."""
         return x.dim() < 2
+
+    @staticmethod
+    def looked_up(x: Any) -> Tensor | None:
+        """Rows of the parameter that a use touches, ids (n, ...); None: all of them."""
+        return None
 
     @staticmethod
     def options(module: Any) -> tuple[Any, ...]:
@@ -49,20 +67,39 @@ class Rule(ABC):
 
     @staticmethod
     @abstractmethod
-    def forward(options: tuple[Any, ...], x: Any, parameters: dict[str, Any]) -> tuple[Tensor, tuple]:
+    def forward(options: tuple[Any, ...], x: Any, parameters: dict[str, Any]) -> tuple[Any, tuple]:
         """Output and what backward needs."""
 
     @staticmethod
     @abstractmethod
     def backward(
-        options: tuple[Any, ...], saved: tuple, d: Tensor, wanted: frozenset[str]
-    ) -> tuple[Tensor | None, dict[str, Contribution]]:
-        """Gradient of the input (if "input" is wanted) and the contribution of every parameter wanted, from d =
-        dL/doutput."""
+        options: tuple[Any, ...], saved: tuple, d: Any, wanted: frozenset[str]
+    ) -> tuple[Any, dict[str, Contribution]]:
+        """Gradient of x (None for what is not wanted) and the contribution of every parameter wanted, from d =
+        dL/doutput. `wanted` holds names of inputs and of parameters."""
 
 
-def rule(*kinds: type[nn.Module]):
-    """Registers the decorated Rule for the given module classes."""
+class Composite(ABC):
+    """A layer written out in terms of rules."""
+
+    @staticmethod
+    def check(module: Any) -> None:
+        """Raises CoverageError for settings of the module that are not covered."""
+
+    @staticmethod
+    @abstractmethod
+    def example_dim(module: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+        """Where the layer's own contract puts the examples in its first input."""
+
+    @staticmethod
+    @abstractmethod
+    def forward(module: Any, apply: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The module's output. apply(rule, options, x, names) -> y, where `names` maps the rule's parameters to the
+        module's attributes, None where absent."""
+
+
+def rule(*kinds: type[nn.Module] | str):
+    """Registers the decorated Rule for the given module classes, or qualified names of classes."""
 
     def register(cls: type[Rule]) -> type[Rule]:
         RULES.update(dict.fromkeys(kinds, cls))
@@ -71,17 +108,30 @@ def rule(*kinds: type[nn.Module]):
     return register
 
 
-def find(module: nn.Module) -> type[Rule] | None:
-    """The rule written for what this module computes, or None. Raises: CoverageError if its parameters were renamed."""
+def composite(*kinds: type[nn.Module]):
+    """Registers the decorated Composite for the given module classes."""
+
+    def register(cls: type[Composite]) -> type[Composite]:
+        RULES.update(dict.fromkeys(kinds, cls))
+        return cls
+
+    return register
+
+
+def find(module: nn.Module) -> type[Rule] | type[Composite] | None:
+    """What was written for the layer that this module computes, or None.
+
+    Raises: CoverageError if its parameters were renamed.
+    """
     kinds = type(module).__mro__
     for i, kind in enumerate(kinds):
-        if kind not in RULES:
+        found = RULES.get(kind) or RULES.get(f"{kind.__module__}.{kind.__qualname__}")
+        if found is None:
             continue
         overridden = {name for cls in kinds[:i] for name in cls.__dict__ if name in COMPUTES}
         if overridden:
             return None
-        found = RULES[kind]
-        strangers = set(module._parameters) - set(found.parameters)
+        strangers = set(module._parameters) - set(found.parameters) if issubclass(found, Rule) else set()
         if strangers:
             raise refuse(
                 module,

@@ -32,9 +32,9 @@ def test_frozen_parameters_are_left_out():
 @pytest.mark.parametrize(
     ("model", "x", "match"),
     [
-        (nn.MultiheadAttention(4, 2), tuple(torch.randn(5, 3, 4) for _ in range(3)), "batch_first=True"),
+        (nn.MultiheadAttention(4, 2), tuple(torch.randn(5, 3, 4) for _ in range(3)), "no dimension of examples"),
         (nn.LSTM(4, 2, batch_first=True), torch.randn(5, 3, 4), "batching rule"),
-        (nn.Bilinear(5, 5, 2), (torch.randn(5, 5), torch.randn(5, 5)), "square shared by all"),
+        (nn.Bilinear(5, 5, 2), (torch.randn(5, 5), torch.randn(5, 5)), "or shared by all"),
     ],
 )
 def test_what_attach_refuses_is_refused(model, x, match):

@@ -6,12 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradstats
-from gradstats import VerificationError
-from gradstats.account import Account
-from gradstats.contribution import Dense, OuterSum, Streamed
-from gradstats.lifetime import Lifetime
+from gradstats import VerificationError, function
+from gradstats.contribution import Contribution, Dense, OuterSum, Streamed
 from gradstats.rules.linear import Linear
-from gradstats.statistics import SecondMoment
+from gradstats.statistics import STATISTICS, SecondMoment
 from tests.gradstats.rules.test_fallback import Twice
 
 
@@ -61,21 +59,16 @@ def test_finds_a_wrong_scale(problem, monkeypatch):
         gradstats.verify(*problem, loss_reduction="sum")
 
 
-def forget_uses(self, title, accounts, n, generation):
-    """A lifetime that takes a second use of a layer for the first."""
-    for account in accounts:
-        account.generations.clear()
-    original_begin_backward(self, title, accounts, n, generation)
-
-
-original_begin_backward = Lifetime.begin_backward
-
-
 def test_finds_a_missing_cross_term(monkeypatch):
-    """One layer called twice, with the guards against it taken down: squares of the uses are added."""
+    """One layer called twice: squares of the uses are added, instead of the square of their sum."""
+
+    def planted(parts, names):
+        squares = [part.sums(names)[1] for part in parts]
+        return {name: torch.stack([s[name] for s in squares]).sum(0) for name in names}
+
     problem = Twice(), F.cross_entropy, torch.randn(5, 4), torch.randint(0, 4, (5,))
-    monkeypatch.setattr(Account, "_arrives", lambda self, incoming: None)
-    monkeypatch.setattr(Lifetime, "begin_backward", forget_uses)
+    gradstats.verify(*problem)
+    monkeypatch.setattr(function, "sums_of", planted)
     with pytest.raises(VerificationError, match="layer"):
         gradstats.verify(*problem, statistics=("second_moment",))
 
@@ -110,3 +103,39 @@ def test_attached_model_is_refused(problem):
 def test_dropout_is_verified_on_its_own_masks():
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     assert gradstats.verify(model, F.cross_entropy, torch.randn(5, 4), torch.randint(0, 3, (5,))).worst.error <= 1e-10
+
+
+# Signs, angles and ratios of a gradient that is zero: the key bias of attention has one.
+MENU = tuple(STATISTICS)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_the_whole_menu_is_verified(dtype, limit):
+    model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    data = torch.randn(6, 3, 4), torch.randn(6, 3, 4)
+    for options in ({}, {"granularity": "microbatch", "microbatch_size": 2}, {"loss_reduction": "sum"}):
+        result = gradstats.verify(model, F.mse_loss, *data, statistics=MENU, dtype=dtype, **options)
+        assert len(result.rows) == len(MENU) * len(list(model.parameters()))
+        assert result.worst.error <= limit
+
+
+@pytest.mark.parametrize("name", MENU)
+def test_every_statistic_can_fail(problem, monkeypatch, name):
+    """Contributions of an example that are lost, where the statistic is gathered."""
+    original = Contribution.sums
+
+    def lossy(self, names):
+        kept = Dense(
+            torch.stack([self.example(n).clone() for n in range(self.count)]).index_fill_(0, torch.tensor(1), 0)
+        )
+        kept.parameter = self.parameter
+        return self.gradient(), original(kept, names)[1]
+
+    monkeypatch.setattr(Contribution, "sums", lossy)
+    with pytest.raises(VerificationError, match=name):
+        gradstats.verify(*problem, statistics=(name,))
+
+
+def test_single_positions_have_no_oracle(problem):
+    with pytest.raises(gradstats.GradstatsError, match="no oracle"):
+        gradstats.verify(*problem, granularity="token")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import gradstats
-from gradstats import CoverageError, attach
+from gradstats import CoverageError, MissingStatistic, attach
 from tests import oracle
 from tests.layers import LAYERS, B
 
@@ -63,14 +63,12 @@ SHARED = {
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_sharing_is_refused_by_fused_and_exact_under_vmap(name):
+@pytest.mark.parametrize("engine", ["fused", "vmap"])
+def test_sharing(name, engine):
     make, x = SHARED[name]
     model, x, weights = make().double(), x(), torch.rand(B, dtype=torch.float64)
     expected = oracle.contributions(model, oracle.coupled_loss, x, weights)
-    with pytest.raises(gradstats.GradstatsError, match="engine='vmap'"), attach(model):
-        oracle.coupled_loss(model(x), weights).backward()
-    model.zero_grad()
-    handle = attach(model, "second_moment", "variance", "norms", engine="vmap")
+    handle = attach(model, "second_moment", "variance", "norms", engine=engine)
     oracle.coupled_loss(model(x), weights).backward()
     assert oracle.worst(oracle.errors(handle, expected)) <= 1e-10
 
@@ -85,24 +83,34 @@ def test_dropout_masks_differ_between_examples():
     assert 0.4 < agreement < 0.6
 
 
-@pytest.mark.parametrize("make", [lambda: nn.LSTM(4, 3), lambda: nn.GRU(4, 3, batch_first=True)])
-def test_recurrent_layers_are_refused(make):
-    with pytest.raises(CoverageError, match="no batching rule"):
-        attach(make())
+def test_what_does_not_vmap_runs_an_example_at_a_time():
+    class Halves(nn.Module):
+        """Another layer for large inputs than for small ones: control flow that depends on data."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale, self.large, self.small = nn.Parameter(torch.ones(4)), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.stack([self.large(row) if row.sum() > 0 else self.small(row) for row in x]) * self.scale
+
+    model, x = Halves(), torch.randn(B, 4)
+    for engine in ("fused", "vmap"):
+        gradstats.verify(model, oracle.coupled_loss, x, torch.rand(B), engine=engine)
+    handle = attach(model)
+    model(x)
+    assert "loop over Halves" in handle.coverage()
 
 
-def test_positions_before_examples_are_refused():
-    with pytest.raises(CoverageError, match="batch_first=True"):
-        attach(nn.MultiheadAttention(4, 2))
-
-
-def test_checkpointing_under_vmap_is_refused():
-    for name in ("checkpointed", "checkpointed, reentrant"):
-        row = LAYERS[name]
-        model = row.make()
-        attach(model, engine="vmap")
-        with pytest.raises(CoverageError, match=r"torch.func"):
-            oracle.coupled_loss(model(row.x()), torch.rand(B)).backward()
+def test_checkpointing_inside_a_vmap_leaf():
+    row = LAYERS["checkpointed"]
+    gradstats.verify(row.make(), oracle.coupled_loss, row.x(), torch.rand(B), engine="vmap")
+    row = LAYERS["checkpointed, reentrant"]
+    model = row.make()
+    handle = attach(model, engine="vmap")
+    oracle.coupled_loss(model(row.x()), torch.rand(B)).backward()
+    with pytest.raises(MissingStatistic):  # the recomputation sees the module's own weights
+        handle.second_moment["b.0.weight"]
 
 
 def test_square_argument_that_could_be_a_mask_is_refused():
@@ -117,6 +125,9 @@ def test_square_argument_that_could_be_a_mask_is_refused():
     model = Masked()
     attach(model)
     assert model(torch.randn(3, 5, 4), torch.eye(5)).shape == (3, 5, 4)
+    assert model(torch.randn(5, 5, 4), torch.eye(5)).shape == (5, 5, 4)  # the probe has seen that all share it
+    model = Masked()
+    attach(model)
     with pytest.raises(CoverageError, match="square shared by all"):
         model(torch.randn(5, 5, 4), torch.eye(5))
 

@@ -1,5 +1,7 @@
 """Shapes and options drawn by hypothesis, fused against the oracle."""
 
+from typing import Any
+
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -13,12 +15,13 @@ ALL = ("second_moment", "variance", "norms")
 drawn = settings(max_examples=40, deadline=None)
 
 
-def check(model: nn.Module, x: torch.Tensor) -> None:
+def check(model: nn.Module, x: torch.Tensor | dict[str, Any]) -> None:
     model = model.double()
-    weights = torch.rand(len(x), dtype=torch.float64) + 0.5
+    examples = len(next(iter(x.values())) if isinstance(x, dict) else x)
+    weights = torch.rand(examples, dtype=torch.float64) + 0.5
     expected = oracle.contributions(model, oracle.coupled_loss, x, weights)
     with gradstats.attach(model, *ALL) as handle:
-        oracle.coupled_loss(model(x), weights).backward()
+        oracle.coupled_loss(oracle.call(model, x), weights).backward()
         assert oracle.worst(oracle.errors(handle, expected)) <= 1e-10
 
 
@@ -60,6 +63,26 @@ def test_convolution(data):
 
 @given(st.data())
 @drawn
+def test_transposed_convolution(data):
+    small = st.integers(1, 3)
+    dimensions = data.draw(small)
+    per_dimension = st.tuples(*[small] * dimensions)
+    kernel, dilation, stride, extent = (data.draw(per_dimension) for _ in range(4))
+    # Torch wants less output padding than one step of the stride or of the dilation, and some output.
+    beyond = tuple(data.draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+    geometry = zip(extent, stride, dilation, kernel, beyond, strict=True)
+    whole = [(e - 1) * s + d * (k - 1) + b + 1 for e, s, d, k, b in geometry]
+    padding = tuple(data.draw(st.integers(0, (size - 1) // 2)) for size in whole)
+    groups = data.draw(small)
+    inputs, outputs = groups * data.draw(st.integers(1, 2)), groups * data.draw(st.integers(1, 2))
+    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1](
+        inputs, outputs, kernel, stride, padding, beyond, groups, data.draw(st.booleans()), dilation
+    )
+    check(layer, torch.randn(3, inputs, *extent, dtype=torch.float64))
+
+
+@given(st.data())
+@drawn
 def test_normalisation(data):
     size = st.integers(2, 4)
     n, groups, per_group = data.draw(size), data.draw(size), data.draw(size)
@@ -82,3 +105,26 @@ def test_embedding(data):
     padding = data.draw(st.none() | st.integers(-rows, rows - 1))
     frequency = data.draw(st.booleans())
     check(nn.Embedding(rows, data.draw(size), padding_idx=padding, scale_grad_by_freq=frequency), ids)
+
+
+@given(st.data())
+@drawn
+def test_embedding_bag(data):
+    size = st.integers(1, 6)
+    rows, bags, longest = data.draw(size), data.draw(st.integers(2, 5)), data.draw(size)
+    padding = data.draw(st.none() | st.integers(-rows, rows - 1))
+    mode = data.draw(st.sampled_from(["sum", "mean", "max"]))
+    x = {"input": torch.randint(0, rows, (bags, longest))}
+    if mode == "sum" and data.draw(st.booleans()):
+        x["per_sample_weights"] = torch.randn(bags, longest, dtype=torch.float64)
+    check(nn.EmbeddingBag(rows, data.draw(size), mode=mode, padding_idx=padding), x)
+
+
+@given(st.data())
+@drawn
+def test_bilinear(data):
+    size = st.integers(1, 4)
+    leading = [data.draw(st.integers(2, 5)), *data.draw(st.lists(size, max_size=2))]
+    first, second = data.draw(size), data.draw(size)
+    x = {f"input{i + 1}": torch.randn(*leading, width, dtype=torch.float64) for i, width in enumerate((first, second))}
+    check(nn.Bilinear(first, second, data.draw(size), bias=data.draw(st.booleans())), x)

@@ -1,0 +1,176 @@
+"""The one autograd Function that every leaf computes through; its backward returns statistics as gradients of shadows.
+
+    LeafFunction(shadows..., links..., inputs..., parameters..., sentinel) -> outputs..., link
+
+A parameter that is used several times has its shadows at the first use; every later use takes the first one's `link`,
+an output that holds nothing, so that autograd runs the backward of the first use when those of all others are done.
+There the contributions of all uses meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradstats.contribution import Contribution, Rows
+from gradstats.errors import CoverageError
+from gradstats.joint import MENDABLE, Looked, look, sums_of
+from gradstats.rules import Rule
+
+if TYPE_CHECKING:
+    from gradstats.account import Account, Uses
+    from gradstats.leaf import Leaf
+
+Gradients = dict[str, Tensor]
+Sums = dict[tuple[str, str], Tensor]
+
+
+class Use(NamedTuple):
+    """One parameter in one call of a leaf."""
+
+    account: Account
+    uses: Uses
+    collects: bool  # the first use, which has the shadows
+
+
+class Call(NamedTuple):
+    """What the backward of a leaf's call must know beside tensors."""
+
+    leaf: Leaf
+    rule: type[Rule]
+    options: tuple[Any, ...]
+    names: tuple[str, ...]  # the rule's parameters, in the order of the arguments
+    used: Mapping[str, Use]  # those that have statistics
+    slots: tuple[tuple[str, str], ...]  # (parameter, sum) of every shadow, in the order of the arguments
+    links: int
+    several: bool  # the rule takes a tuple of inputs
+    batch_size: int
+    fold: int  # consecutive rows an example has
+    generation: int
+
+
+class LeafFunction(torch.autograd.Function):
+    """y = rule.forward(x, parameters), whose backward also returns the sums asked for, as gradients of the shadows."""
+
+    @staticmethod
+    def forward(ctx, call: Call, *tensors: Tensor | None):
+        first = len(call.slots) + call.links
+        inputs = len(call.rule.inputs)
+        x = tensors[first : first + inputs] if call.several else tensors[first]
+        parameters = dict(zip(call.names, tensors[first + inputs : -1], strict=True))
+        with no_autocast(next(t.device.type for t in tensors[first:] if t is not None)):
+            y, saved = call.rule.forward(call.options, x, parameters)
+        ctx.call = call
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        outputs = y if isinstance(y, tuple) else (y,)
+        ctx.outputs = [(o.shape, o.dtype, o.device) for o in outputs]
+        return *outputs, torch.zeros(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *d: Tensor | None):
+        call: Call = ctx.call
+        first, names = len(call.slots) + call.links, (*call.rule.inputs, *call.names)
+        needs = ctx.needs_input_grad[1 + first : -1]
+        counts = call.leaf.accumulates()
+        grad_input: tuple[Tensor | None, ...] = (None,) * len(call.rule.inputs)
+        contributions: dict[str, Contribution] = {}
+        with no_autocast(ctx.outputs[0][2].type):
+            if any(cotangent is not None for cotangent in d[:-1]):
+                wanted = frozenset(name for name, need in zip(names, needs, strict=True) if need)
+                grad_input, contributions = differentiate(call, ctx.saved_tensors, filled(ctx.outputs, d[:-1]), wanted)
+            if counts:
+                gradients, sums = reduce(call, contributions)
+            else:
+                gradients, sums = {name: c.gradient() for name, c in contributions.items()}, {}
+        if counts and call.used:
+            call.leaf.record(call, gradients, sums)
+        returned = *grad_input, *(gradients.get(name) for name in call.names)
+        return None, *(sums.get(slot) for slot in call.slots), *(None,) * call.links, *returned, None
+
+
+def filled(outputs: list[tuple[Any, ...]], d: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Cotangents of all outputs: zeros of those that the loss does not use."""
+    return tuple(
+        torch.zeros(shape, dtype=dtype, device=device) if cotangent is None else cotangent
+        for (shape, dtype, device), cotangent in zip(outputs, d, strict=True)
+    )
+
+
+def differentiate(
+    call: Call, saved: tuple, d: tuple[Tensor, ...], wanted: frozenset[str]
+) -> tuple[tuple[Tensor | None, ...], dict[str, Contribution]]:
+    """The rule's backward: gradients of the inputs, and contributions of examples (or of what else is counted)."""
+    granularity, size = call.leaf.handle.granularity, call.leaf.handle.microbatch_size
+    grad_input, contributions = call.rule.backward(call.options, saved, d if len(d) > 1 else d[0], wanted)
+    for name in contributions.keys() & call.used.keys():
+        contributions[name].parameter = call.used[name].account.name
+        if call.fold > 1 and granularity != "token":
+            contributions[name] = contributions[name].regroup("microbatch", call.fold)
+        if granularity != "example":
+            contributions[name] = contributions[name].regroup(granularity, size)
+    return grad_input if call.several else (grad_input,), contributions
+
+
+def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradients, Sums]:
+    """Gradient of every parameter, and the sums of those whose uses have all been here."""
+    gradients = {name: c.gradient() for name, c in contributions.items() if name not in call.used}
+    sums: Sums = {}
+    kinds = call.leaf.handle.needs
+    for name, (_, uses, collects) in call.used.items():
+        own, found = contributions.get(name), {}
+        if own is not None:
+            uses.units = own.count
+        if not collects:
+            if own is not None:
+                gradients[name], part = postpone(own, uses, kinds)
+                uses.parts.append(part)
+        elif uses.parts:
+            if call.leaf.handle.granularity == "token":
+                raise CoverageError(
+                    f"parameter '{uses.name}' is used several times in one forward, so a token has no single "
+                    f"contribution to it. Use granularity='example', or ignore=['{uses.name}']"
+                )
+            if own is not None:
+                gradients[name] = own.gradient()
+            found = sums_of(uses.parts if own is None else [*uses.parts, own], kinds)
+            uses.parts.clear()
+        elif own is not None:
+            gradients[name], found = own.sums(kinds)
+        sums.update({(name, kind): value for kind, value in found.items()})
+    return gradients, sums
+
+
+def postpone(contribution: Contribution, uses: Uses, kinds: tuple[str, ...]) -> tuple[Tensor, Contribution | Looked]:
+    """The gradient of a use, and what of it waits for the first use."""
+    if uses.ids and uses.whole == 1 and not isinstance(contribution, Rows) and MENDABLE.issuperset(kinds):
+        return look(contribution, torch.cat(uses.ids, 1), kinds)
+    return contribution.gradient(), contribution
+
+
+def autocast(
+    policy: str | None, x: Any, parameters: Mapping[str, Tensor | None]
+) -> tuple[Any, dict[str, Tensor | None]]:
+    """What torch's autocast would do to this layer, by autograd operations outside of the Function."""
+    device = next(t for t in tree_leaves((x, dict(parameters))) if isinstance(t, Tensor)).device.type
+    if policy is None or not torch.is_autocast_enabled(device):
+        return x, dict(parameters)
+    if policy == "float32" and device == "cpu":  # where autocast leaves normalisation layers alone
+        return x, dict(parameters)
+    dtype = torch.get_autocast_dtype(device) if policy == "low" else torch.float32
+
+    def cast(t: Any) -> Any:
+        narrows = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if narrows else t
+
+    return tree_map(cast, x), {name: cast(p) for name, p in parameters.items()}
+
+
+def no_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -1,0 +1,51 @@
+"""Where the examples are in a tensor, and how to bring them to the front.
+
+Rules see rows: the first dimension has n f rows, the f rows of an example next to each other. A tensor with the
+examples in another dimension, or flattened together with positions in either order, is brought to rows by views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Dimension `dim` has n f entries: f consecutive ones an example, or, if `fastest`, every n-th one.
+
+    `one`: it has a single entry, which all examples share; it is repeated for each of them.
+    """
+
+    dim: int = 0
+    fastest: bool = False
+    one: bool = False
+
+    def rows(self, x: Tensor, n: int) -> Tensor:
+        """x (.., n f, ..) as (n f, ...), examples slowest."""
+        if self.one and x.shape[0] == 1:
+            return x.expand(n, *x.shape[1:])
+        if self.dim:
+            x = x.movedim(self.dim, 0)
+        if self.fastest and x.shape[0] != n:
+            x = x.unflatten(0, (-1, n)).transpose(0, 1).flatten(0, 1)
+        return x
+
+    def restore(self, y: Tensor, n: int) -> Tensor:
+        """Undoes `rows`; what was repeated stays so."""
+        if self.fastest and y.shape[0] != n:
+            y = y.unflatten(0, (n, -1)).transpose(0, 1).flatten(0, 1)
+        return y.movedim(0, self.dim) if self.dim else y
+
+    def examples(self, x: Tensor, n: int) -> Tensor:
+        """x as (n, ...): an entry an example, in which its f rows are in the place of the dimension."""
+        return self.rows(x, n).unflatten(0, (n, -1)).movedim(1, self.dim + 1)
+
+    def batch(self, examples: Tensor) -> Tensor:
+        """Undoes `examples`."""
+        return self.restore(examples.movedim(self.dim + 1, 1).flatten(0, 1), len(examples))
+
+
+FIRST = Layout()
+ONE = Layout(one=True)

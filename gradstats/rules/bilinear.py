@@ -1,0 +1,87 @@
+"""Bilinear: y_nto = sum_ij w_oij x_nti z_ntj + b_o."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradstats.contribution import Contribution, PositionSum, Streamed, wide
+from gradstats.rules.registry import Rule, rule
+
+
+class Products(Streamed):
+    """c_b = sum_t d_bto x_bti z_btj, a Linear's on the products of its inputs: d (n, t, o), x (n, t, i), z (n, t, j).
+
+    With one position, sum_b c_b^2 is the same sum over squares, and ||c_b||^2 = ||d_b||^2 ||x_b||^2 ||z_b||^2.
+    """
+
+    def __init__(self, d: Tensor, x: Tensor, z: Tensor):
+        self.d, self.x, self.z = d, x, z
+        self.count, self.dtype, self.device = d.shape[0], d.dtype, d.device
+        self.shape = (d.shape[2], x.shape[2], z.shape[2])
+
+    def gradient(self) -> Tensor:
+        return torch.einsum("nto,nti,ntj->oij", self.d, self.x, self.z)
+
+    def example(self, n: int) -> Tensor:
+        return torch.einsum("to,ti,tj->oij", self.d[n], self.x[n], self.z[n])
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        pairs = torch.arange(columns.start, columns.stop, device=self.device)
+        products = self.x[..., pairs // self.shape[2]] * self.z[..., pairs % self.shape[2]]  # (n, t, k)
+        return self.d[..., rows].mT @ products
+
+    def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.d.shape[1] > 1:
+            return super().direct(names)
+        squares = Products(*(wide(factor).square() for factor in (self.d, self.x, self.z)))
+        found = {}
+        if "sum_of_squares" in names:
+            found["sum_of_squares"] = squares.gradient()
+        if "squared_norms" in names:
+            found["squared_norms"] = squares.d.sum((1, 2)) * squares.x.sum((1, 2)) * squares.z.sum((1, 2))
+        return self.gradient(), found
+
+    def per_token(self) -> Contribution:
+        return Products(*(factor.flatten(0, 1).unsqueeze(1) for factor in (self.d, self.x, self.z)))
+
+    def merged(self, size: int) -> Contribution:
+        return Products(*(f.reshape(-1, size * f.shape[1], f.shape[2]) for f in (self.d, self.x, self.z)))
+
+
+@rule(nn.Bilinear)
+class Bilinear(Rule):
+    """c_b = sum_t d_bt x_bt^T z_bt^T for the weight, sum_t d_bt for the bias; any number of position dimensions."""
+
+    inputs = ("input1", "input2")
+    autocast = "float32"
+    leading_alike = True
+
+    @staticmethod
+    def bind(module, input1, input2):
+        return input1, input2
+
+    @staticmethod
+    def unbatched(module, x):
+        return x[0].dim() < 2
+
+    @staticmethod
+    def forward(options, x, parameters):
+        weight = parameters["weight"]
+        return F.bilinear(*x, weight, parameters["bias"]), (*x, weight)
+
+    @staticmethod
+    def backward(options, saved, d, wanted):
+        x, z, weight = saved
+        gradients = None, None
+        if not wanted.isdisjoint(Bilinear.inputs):
+            gradients = torch.func.vjp(lambda x, z: F.bilinear(x, z, weight), x, z)[1](d)
+        contributions: dict[str, Contribution] = {}
+        if "weight" in wanted:
+            contributions["weight"] = Products(*(f.reshape(len(f), -1, f.shape[-1]) for f in (d, x, z)))
+        if "bias" in wanted:
+            contributions["bias"] = PositionSum(d, 1)
+        return gradients, contributions

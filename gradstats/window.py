@@ -1,0 +1,110 @@
+"""How raw sums become numbers: the window that they were gathered in, and the statistic that reads it.
+
+Contributions add up over accumulation steps, so leaves only ever keep raw sums; scale and batch size enter here, once,
+on reading.
+
+    g_b = scale c_b          scale = B for a mean loss, 1 for a sum loss
+    m   = scale/B sum c_b    mean gradient
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from gradstats.errors import GradstatsError
+from gradstats.sums import RawSum, wide
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was backpropagated since the gradient was last None.
+
+    `sums` maps keys of raw sums to those of one parameter; `gradient` is sum_b c_b, that is p.grad; `batch_size` counts
+    examples, or positions or micro-batches where that granularity was asked for; `elements` those of the parameter.
+    """
+
+    sums: Mapping[str, Tensor]
+    gradient: Tensor | None
+    batch_size: int
+    loss_reduction: str
+    elements: int = 0
+
+    @property
+    def scale(self) -> float:
+        return float(self.batch_size) if self.loss_reduction == "mean" else 1.0
+
+    @property
+    def mean(self) -> Tensor:
+        """m (*shape)."""
+        if self.gradient is None:
+            raise GradstatsError(
+                "the mean gradient is needed, but p.grad is None: read this statistic before zero_grad()"
+            )
+        return wide(self.gradient) * (self.scale / self.batch_size)
+
+
+class Statistic(ABC):
+    """One entry of the menu: the raw sums that it needs, and what it reads from them."""
+
+    name: str
+    needs_gradient: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def needs(self) -> tuple[RawSum, ...]: ...
+
+    @abstractmethod
+    def read(self, window: Window) -> Any: ...
+
+    @property
+    def has_total(self) -> bool:
+        """Whether it is defined for the whole gradient, not only for each parameter."""
+        return all(raw.per != "element" for raw in self.needs)
+
+    def total(self, windows: Sequence[Window]) -> Any:
+        """Of the whole gradient, from the windows of all parameters: sums over elements add up.
+
+        Raises: GradstatsError if there is none, or if the parameters count different things.
+        """
+        if not self.has_total:
+            raise GradstatsError(f"{self.name!r} has an entry for every element of a parameter, and no total")
+        sizes = {window.batch_size for window in windows}
+        if len(sizes) > 1:
+            raise GradstatsError(
+                f"{self.name!r} has no total: the parameters' statistics are over {sorted(sizes)} of what is counted "
+                f"as one. Use granularity='example'"
+            )
+        sums = {}
+        for raw in self.needs:
+            sums[raw.key] = windows[0].sums[raw.key]
+            for window in windows[1:]:
+                sums[raw.key] = raw.merge(sums[raw.key], window.sums[raw.key])
+        elements = sum(window.elements for window in windows)
+        return self.read(Window(sums, None, windows[0].batch_size, windows[0].loss_reduction, elements))
+
+
+class BlockStatistic(RawSum, Statistic):
+    """A statistic with a raw sum of its own: what it takes from a block, and what it reads from the result,
+    `window.sums[self.key]`. How to add one:
+
+        class FourthMoment(gradstats.BlockStatistic):
+            name, per = "fourth_moment", "element"
+
+            def partial(self, block):
+                return block.c.pow(4).sum(0)
+
+            def read(self, window):
+                return window.sums[self.key] * window.scale**4 / window.batch_size
+
+        stats = gradstats.attach(model, FourthMoment)
+        stats.read("fourth_moment")["fc1.weight"]
+    """
+
+    @property
+    def needs(self) -> tuple[RawSum, ...]:
+        return (self,)
