@@ -117,7 +117,11 @@ class Account:
         if units:
             self.units[generation] = units
         for kind, value in sums.items():
-            self.steps.setdefault(kind, {})[generation] = value
+            steps, raw = self.steps.setdefault(kind, {}), SUMS[kind]
+            if raw.per == "element" and steps:  # one tensor shaped like the parameter is enough
+                steps[next(iter(steps))] = raw.merge(next(iter(steps.values())), value)
+            else:
+                steps[generation] = value
         if gradient is not None:
             # An alias: shares storage, so that autograd cannot add another use's gradient to it in place unseen.
             self._returned.append((gradient.detach(), gradient._version))

@@ -6,6 +6,7 @@ By default a tensor runs over the examples along its first dimension if that has
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unfla
 
 from gradstats.errors import CoverageError
 
-# What `attach` accepts: a dimension for all tensors, or one for each argument, by position or keyword; None: shared.
-ExampleDims = int | Mapping[int | str, int | None]
+# What `attach` accepts: a dimension for all tensors, or one for each argument, by position or keyword; None: shared;
+# another argument's keyword, or its position as a string: it holds the offsets at which the examples begin.
+ExampleDims = int | Mapping[int | str, int | str | None]
 
 
 class Arguments:
@@ -25,7 +27,13 @@ class Arguments:
     def __init__(self, args: tuple, kwargs: dict[str, Any], example_dims: ExampleDims = 0):
         self.leaves, self.spec = tree_flatten_with_path((args, kwargs), is_leaf=lambda v: isinstance(v, PackedSequence))
         self.values = [value for _, value in self.leaves]
-        self.dims = [self._dim(path, value, example_dims) for path, value in self.leaves]
+        dims = [self._dim(path, value, example_dims) for path, value in self.leaves]
+        keys = {str(key_of(path)): i for i, (path, _) in enumerate(self.leaves)}
+        # Arguments whose examples follow each other without a dimension of their own, with those that hold the offsets.
+        self.ragged = {i: keys[dim] for i, dim in enumerate(dims) if isinstance(dim, str) and dim in keys}
+        if len(self.ragged) != sum(isinstance(dim, str) for dim in dims):
+            raise CoverageError(f"example_dims={example_dims} names offsets that are no argument: it has {list(keys)}")
+        self.dims = [None if isinstance(dim, str) else dim for dim in dims]
         sizes = [size_of(v, dim) for v, dim in zip(self.values, self.dims, strict=True) if dim is not None]
         self.count = sizes[0] if sizes else None  # examples
         if isinstance(example_dims, int):
@@ -35,16 +43,15 @@ class Arguments:
             self.dims = [dim if runs else None for dim, runs in zip(self.dims, same, strict=True)]
 
     @staticmethod
-    def _dim(path: Any, value: Any, example_dims: ExampleDims) -> int | None:
+    def _dim(path: Any, value: Any, example_dims: ExampleDims) -> int | str | None:
         if isinstance(value, PackedSequence):
             return 0
         if not isinstance(value, Tensor):
             return None
         if isinstance(example_dims, int):
             return example_dims if value.dim() > example_dims else None
-        key = path[1].idx if path[0].idx == 0 else path[1].key
-        dim = example_dims.get(key, 0)
-        return dim if dim is None or value.dim() > dim else None
+        dim = example_dims.get(key_of(path), 0)
+        return dim if not isinstance(dim, int) or value.dim() > dim else None
 
     @property
     def later(self) -> list[int]:
@@ -69,6 +76,8 @@ class Arguments:
                 taken.append(pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False))
             else:
                 taken.append(self._rows(value, dim, rows, replaced))
+        for i, o in self.ragged.items():
+            taken[i], taken[o] = self._ragged(self.values[i], self.values[o], rows, replaced)
         return tree_unflatten(taken, self.spec)
 
     def _rows(self, value: Tensor, dim: int, rows: Sequence[int], replaced: int | None) -> Tensor:
@@ -83,6 +92,23 @@ class Arguments:
             other = changed(old)
         old.copy_(other)
         return taken.requires_grad_(value.requires_grad)
+
+    def _ragged(
+        self, value: Tensor, offsets: Tensor, rows: Sequence[int], replaced: int | None
+    ) -> tuple[Tensor, Tensor]:
+        bounds = [*offsets.tolist(), len(value)]
+        examples = [value.detach()[a:b] for a, b in pairwise(bounds)]
+        count = len(examples)
+        taken = [examples[r % count] for r in rows]
+        if replaced is not None:
+            taken[replaced] = examples[len(rows) % count if count > len(rows) else (rows[replaced] + 1) % count]
+        begins = torch.tensor([len(example) for example in taken]).cumsum(0).roll(1)
+        begins[0] = 0
+        return torch.cat(taken).requires_grad_(value.requires_grad), begins.to(offsets)
+
+
+def key_of(path: Any) -> int | str:
+    return path[1].idx if path[0].idx == 0 else path[1].key
 
 
 def signature(args: tuple, kwargs: dict[str, Any]) -> Any:

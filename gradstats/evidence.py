@@ -33,6 +33,8 @@ def layout_of(small: Any, x: Any, replaced: Sequence[Any]) -> Layout | None:
         return None
     if any(other.dim() != x.dim() for other in (small, *replaced)):
         raise Unclear("is called with tensors of a rank that the data decide")
+    if padded_to_longest(small, x, replaced):
+        small, x, *replaced = alike([small, x, *replaced])
     if any(other.shape != x.shape for other in replaced):
         raise Unclear("is called with rows gathered by what is in them")
     differ = [k for k, (a, b) in enumerate(zip(small.shape, x.shape, strict=True)) if a != b]
@@ -44,6 +46,25 @@ def layout_of(small: Any, x: Any, replaced: Sequence[Any]) -> Layout | None:
     if len(differ) > 1 or small.shape[dim] * EXAMPLES != x.shape[dim] * (EXAMPLES - 1):
         raise Unclear("is called with tensors whose sizes are no multiple of the examples'")
     return order_of(x, dim, [changed_entries(x, other, dim) for other in replaced])
+
+
+def padded_to_longest(small: Tensor, x: Tensor, replaced: Sequence[Tensor]) -> bool:
+    """Whether all have the examples in front, and are otherwise as large as the largest of those that they have."""
+    if all(other.shape[1:] == x.shape[1:] for other in (small, *replaced)):
+        return False
+    same = all(other.shape[:1] == x.shape[:1] for other in replaced)
+    return same and small.shape[0] * EXAMPLES == x.shape[0] * (EXAMPLES - 1)
+
+
+def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors filled up with zeros to the same size, but for the first dimension."""
+    largest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    filled = []
+    for t in tensors:
+        full = t.new_zeros(t.shape[0], *largest)
+        full[tuple(map(slice, t.shape))] = t.detach()
+        filled.append(full)
+    return filled
 
 
 def order_of(x: Tensor, dim: int, changes: Sequence[Tensor]) -> Layout:

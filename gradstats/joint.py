@@ -41,6 +41,12 @@ def join(parts: Sequence[Any]) -> Contribution:
     """One contribution from those of all uses, in the cheapest form that holds their sum."""
     if len(parts) == 1:
         return parts[0]
+    joined = joined_form(parts)
+    joined.parameter = parts[0].parameter
+    return joined
+
+
+def joined_form(parts: Sequence[Any]) -> Contribution:
     if all(isinstance(part, Rows) for part in parts):
         return Rows(torch.cat([p.ids for p in parts], 1), torch.cat([p.d for p in parts], 1), parts[0].rows)
     if all(isinstance(part, Outer | OuterSum) for part in parts):

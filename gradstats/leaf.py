@@ -211,7 +211,7 @@ class Leaf:
             if ids is None:
                 uses.whole += 1
             else:
-                uses.ids.append(ids.reshape(n, -1))
+                uses.ids.append(ids.reshape(n, ids.numel() // n))
             if link is not None:
                 links.append(link)
                 continue

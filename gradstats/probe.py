@@ -121,7 +121,7 @@ class Probe:
         self.serving = leaf
         try:
             if leaf.rule is None:
-                call = fallback.OverExamples(leaf.module, kind, args, kwargs)
+                call = fallback.OverExamples(leaf.module, kind, *tree_map(kept, (args, kwargs)))
                 inputs, key = call.flat, call.key
             elif issubclass(leaf.rule, Composite):
                 given = tree_leaves((args, kwargs), is_leaf=lambda v: isinstance(v, PackedSequence))
@@ -144,8 +144,8 @@ class Probe:
                 output = self._nudge(output, layouts, call)
         finally:
             self.serving = serving
-        outputs = [o for o in tree_leaves(output) if isinstance(o, Tensor)] if call is not None else []
-        self.visits.append(Visit(leaf, key, inputs, outputs, callers, call))
+        outputs = [kept(o) for o in tree_leaves(output) if isinstance(o, Tensor)] if call is not None else []
+        self.visits.append(Visit(leaf, key, [kept(x) for x in inputs], outputs, callers, call))
         return output
 
     def _nudge(self, output: Any, layouts: Sequence[Layout | None], call: fallback.OverExamples | None) -> Any:
@@ -195,12 +195,14 @@ class Probe:
         rows = list(range(EXAMPLES))
         fewer, _ = self.run(rows[:-1])
         visits, outputs = self.run(rows)
-        others = [self.run(rows, replaced) for replaced in rows]
+        others, reached = [], []
+        for example in rows:
+            other, changed = self.run(rows, replaced=example)
+            others.append(other)
+            reached.append([entries(a, b) for a, b in zip(outputs, changed, strict=True)])
         found = []
         for i, visit in enumerate(visits):
-            small, *replaced = same = [
-                run[i] for run in (fewer, *(other for other, _ in others)) if len(run) == len(visits)
-            ]
+            small, *replaced = same = [run[i] for run in (fewer, *others) if len(run) == len(visits)] or [visit]
             if len(same) < 1 + EXAMPLES or any((v.leaf, v.key) != (visit.leaf, visit.key) for v in same):
                 self._move(visit.leaf, visit.callers, "is called as often as the data decide")
                 continue
@@ -210,7 +212,7 @@ class Probe:
                 self._move(visit.leaf, visit.callers, str(reason))
         if not self.moves:
             self._check_vmapped(found)
-            self._check_shared(found, outputs, [changed for _, changed in others])
+            self._check_shared(found, reached[0])
         return found
 
     def _layouts_of(self, visit: Visit, small: Visit, replaced: Sequence[Visit]) -> tuple[Layout | None, ...]:
@@ -302,8 +304,8 @@ class Probe:
             leaf.why = f"{leaf.why}; {error}"
             fallback.compare(call, layouts, EXAMPLES, leaf.loops)
 
-    def _check_shared(self, found: Sequence[Any], outputs: list[Tensor], replaced: Sequence[list[Tensor]]) -> None:
-        """What is repeated for every example must reach that example only."""
+    def _check_shared(self, found: Sequence[Any], reached: Sequence[Tensor | None]) -> None:
+        """What is repeated for every example must reach that example only: nothing that the first example does not."""
         if not any(ONE in layouts for _, layouts in found):
             return
         for visit, layouts in found:
@@ -324,15 +326,25 @@ class Probe:
                         order_of(x, layout.dim, [changed_entries(x, y, layout.dim)])
                     except Mixes:
                         raise self._mixes(visit, "inputs", x) from None
-        for o, a, b, others in zip(outputs, before, after, zip(*replaced, strict=True), strict=True):
-            if o.shape != a.shape or not o.dim() or o.shape[0] != EXAMPLES:
-                continue
-            if bool((changed_entries(a, b, 0) & ~changed_entries(o, others[0], 0)).any()):
+        for a, b, own in zip(before, after, reached, strict=True):
+            changes = entries(a, b)
+            if own is not None and changes is not None and bool((changes & ~own).any()):
                 titles = ", ".join(visit.leaf.title for visit, layouts in found if ONE in layouts)
                 raise CoverageError(
                     f"{titles}: called once for all examples, and the result reaches them in a way that does not run "
                     f"along its first dimension. Call it with one row an example, or attach(model, engine='vmap')"
                 )
+
+
+def entries(a: Tensor, b: Tensor) -> Tensor | None:
+    """Which examples' entries of an output changed; None for what is no batch."""
+    batch = a.shape == b.shape and a.dim() > 0 and a.shape[0] == EXAMPLES
+    return changed_entries(a, b, 0) if batch else None
+
+
+def kept(value: Any) -> Any:
+    """A tensor without its graph."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
 
 def unpacked(sequences: PackedSequence) -> Tensor:

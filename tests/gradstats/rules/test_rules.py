@@ -57,6 +57,27 @@ def test_statistics_match_the_oracle_in_float32(name):
     assert oracle.worst(oracle.errors(handle, expected)) <= 1e-5
 
 
+LOW = ["linear", "transformers Conv1D", "conv2d", "transposed conv2d", "prelu, channels", "embedding bag, mean"]
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_autocast_is_that_of_the_plain_layer(name):
+    row = LAYERS[name]
+    model, x, weights = row.make(), row.x(), torch.rand(B)
+    expected = oracle.contributions(model, oracle.coupled_loss, x, weights)
+    plain = copy.deepcopy(model)
+    handle = gradstats.attach(model, *ALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, reference = model(x), plain(x)
+    torch.testing.assert_close(y, reference, rtol=0, atol=0)
+    for output in (y, reference):
+        oracle.coupled_loss(output.float(), weights).backward()
+    # One rounding to bfloat16 is 0.4%.
+    assert oracle.worst(oracle.errors(handle, expected)) <= 0.05
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("name", VMAPPED)
 def test_per_example_gradients_match_the_oracle(name):
     row = LAYERS[name]
