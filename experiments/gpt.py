@@ -1,4 +1,4 @@
-"""A GPT as small as the benchmark wants it: pre-norm blocks, learned positions, an untied head."""
+"""A GPT as small as the benchmark wants it: pre-norm blocks, learned positions."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (n, t) to logits (n, t, words)."""
+    """Tokens (n, t) to logits (n, t, words). `tied`: the head's weight is the embedding's."""
 
-    def __init__(self, words: int, width: int, layers: int, heads: int, positions: int):
+    def __init__(self, words: int, width: int, layers: int, heads: int, positions: int, tied: bool = False):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(words, width), nn.Embedding(positions, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=not tied)
+        if tied:
+            self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)  # (1, t)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from gradstats.layout import ONE, Layout
+from gradstats.layout import FIRST, ONE, Layout
 
 EXAMPLES = 3  # the fewest of which one can be replaced and two others stay
 ROUNDING = 16  # changes up to so many units in the last place of the largest entry are none
@@ -77,7 +77,7 @@ def order_of(x: Tensor, dim: int, changes: Sequence[Tensor]) -> Layout:
         raise Mixes
     if slowest and fastest and fold > 1:
         raise Unclear("is called with examples and positions in one dimension, in an order that does not show")
-    return Layout(dim, fastest=not slowest)
+    return FIRST if slowest and not dim else Layout(dim, fastest=not slowest)
 
 
 def changed_entries(a: Tensor, b: Tensor, dim: int | None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from gradstats.contribution import Contribution, Rows
 from gradstats.errors import CoverageError
@@ -155,10 +155,9 @@ def postpone(contribution: Contribution, uses: Uses, kinds: tuple[str, ...]) -> 
 
 
 def autocast(
-    policy: str | None, x: Any, parameters: Mapping[str, Tensor | None]
+    policy: str | None, device: str, x: Any, parameters: Mapping[str, Tensor | None]
 ) -> tuple[Any, dict[str, Tensor | None]]:
     """What torch's autocast would do to this layer, by autograd operations outside of the Function."""
-    device = next(t for t in tree_leaves((x, dict(parameters))) if isinstance(t, Tensor)).device.type
     if policy is None or not torch.is_autocast_enabled(device):
         return x, dict(parameters)
     if policy == "float32" and device == "cpu":  # where autocast leaves normalisation layers alone

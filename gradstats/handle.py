@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gradstats.errors import GradstatsError, LifetimeError, MissingStatistic
 from gradstats.statistics import STATISTICS, statistic_of
-from gradstats.sums import register
+from gradstats.sums import SUMS, register
 from gradstats.window import Statistic, Window
 
 LOSS_REDUCTIONS = ("mean", "sum")
@@ -57,6 +57,9 @@ class Handle(ABC):
                 raise GradstatsError(f"two statistics are called {statistic.name!r}: give one of them another name")
         raws = [raw for statistic in self.statistics.values() for raw in statistic.needs]
         self.needs = tuple(dict.fromkeys(register(raw) for raw in raws))
+        # Sums that autograd adds up over accumulation steps, as gradients of shadows, and those that we keep a step.
+        self.shadowed = tuple(need for need in self.needs if SUMS[need].persistent)
+        self.stepwise = tuple(need for need in self.needs if not SUMS[need].persistent)
         self._names: dict[int, str] = {}  # id of a registered parameter -> its full name
 
     # What an engine provides

@@ -22,7 +22,6 @@ from gradstats.function import Call, Gradients, LeafFunction, Sums, Use, autocas
 from gradstats.layout import FIRST, Layout
 from gradstats.rules import Composite, Rule, fallback
 from gradstats.rules.registry import checked
-from gradstats.sums import SUMS
 from gradstats.swap import LEAF
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ class Leaf:
         layouts = self._layouts_of(inputs, n)
         rows = [x if layout is FIRST else brought(x, layout, n) for x, layout in zip(inputs, layouts, strict=True)]
         x = tuple(rows) if len(rows) > 1 else rows[0]
-        x, parameters = autocast(rule.autocast, x, self.module._parameters)
+        x, parameters = autocast(rule.autocast, rows[0].device.type, x, self.module._parameters)
         y = self._apply(rule, rule.options(self.module), x, parameters, {}, n)
         return y if layouts[0] is FIRST or layouts[0] is None else layouts[0].restore(y, n)
 
@@ -157,8 +156,9 @@ class Leaf:
 
     def _composite(self, composite: type[Composite], args: tuple, kwargs: dict[str, Any], n: int) -> Any:
         def apply(rule: type[Rule], options: tuple[Any, ...], x: Any, names: dict[str, str | None]) -> Any:
-            own = self.module._parameters
-            x, parameters = autocast(rule.autocast, x, {k: None if v is None else own[v] for k, v in names.items()})
+            own = {k: None if v is None else self.module._parameters[v] for k, v in names.items()}
+            device = (x[0] if isinstance(x, tuple) else x).device.type
+            x, parameters = autocast(rule.autocast, device, x, own)
             return self._apply(rule, options, x, parameters, names, n)
 
         return composite.forward(self.module, apply, *args, **kwargs)
@@ -216,10 +216,9 @@ class Leaf:
                 links.append(link)
                 continue
             account.follow()
-            for kind in self.handle.needs:
-                if SUMS[kind].persistent:
-                    slots.append((name, kind))
-                    shadows.append(account.shadow_of(kind))
+            for kind in self.handle.shadowed:
+                slots.append((name, kind))
+                shadows.append(account.shadow_of(kind))
         if self._sentinel is None:
             self._sentinel = shadow(())
             self._accumulator = self._sentinel.view_as(self._sentinel).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
@@ -253,7 +252,7 @@ class Leaf:
         used = [use for name, use in call.used.items() if name in gradients or use.collects]
         self.handle.lifetime.begin_backward(self.title, used, call.batch_size, call.generation)
         for name, use in call.used.items():
-            own = {kind: s for (of, kind), s in sums.items() if of == name and not SUMS[kind].persistent}
+            own = {kind: sums[name, kind] for kind in self.handle.stepwise if (name, kind) in sums}
             use.account.record(call.generation, gradients.get(name), use.uses.units if use.collects else 0, own)
 
 
