@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from gradstats.errors import CoverageError, LifetimeError
-from gradstats.sums import SUMS
+from gradstats.sums import SUMS, RawSum
 
 if TYPE_CHECKING:
     from gradstats.contribution import Contribution
@@ -38,16 +38,23 @@ def shadow(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: A
     return torch.zeros((), dtype=dtype, device=device).expand(shape).requires_grad_()
 
 
+def fits(found: Tensor | None, p: Tensor, raw: RawSum) -> TypeGuard[Tensor]:
+    """Whether a shadow is as the parameter is now."""
+    if found is None:
+        return False
+    return found.shape == p.shape and found.device == p.device and found.dtype == raw.dtype(p.dtype)
+
+
 class Account:
     """Of the parameter `attribute` of `module`, called `name` in the model."""
 
     def __init__(self, handle: FusedHandle, module: nn.Module, attribute: str, name: str):
         self.handle, self.holder, self.attribute, self.name = handle, module._parameters, attribute, name
         self.uses: int | None = None  # in one forward, as the probe found
+        self.shadows: dict[str, Tensor] = {}  # by sum, those shaped like the parameter
         self._forget()
 
     def _forget(self) -> None:
-        self.shadows: dict[str, Tensor] = {}  # by sum, those shaped like the parameter
         self.steps: dict[str, dict[int, Tensor]] = {}  # other sums, by generation
         self.generations: set[int] = set()  # backpropagated in this window
         self.units: dict[int, int] = {}  # what was squared in each of them: examples, or positions, or groups
@@ -63,7 +70,8 @@ class Account:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of an attached model has seen nothing yet."""
-        return {key: getattr(self, key) for key in ("handle", "holder", "attribute", "name", "uses")}
+        state = {key: getattr(self, key) for key in ("handle", "holder", "attribute", "name", "uses")}
+        return state | {"shadows": {kind: s.detach().requires_grad_() for kind, s in self.shadows.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -87,9 +95,18 @@ class Account:
     def shadow_of(self, kind: str) -> Tensor:
         """The shadow of a sum shaped like the parameter."""
         p, dtype = self.parameter, SUMS[kind].dtype(self.parameter.dtype)
-        found = self.shadows.get(kind)
-        if found is None or (found.shape, found.device, found.dtype) != (p.shape, p.device, dtype):
-            found = self.shadows[kind] = shadow(tuple(p.shape), dtype, p.device)
+        if not fits(self.shadows.get(kind), p, SUMS[kind]):
+            self.shadows[kind] = shadow(tuple(p.shape), dtype, p.device)
+        return self.shadows[kind]
+
+    def ready_shadow_of(self, kind: str) -> Tensor:
+        """The same while Dynamo traces, when it is too late to make one: `attach` does, and .to()."""
+        found, p = self.shadows.get(kind), self.parameter
+        if not fits(found, p, SUMS[kind]):
+            raise CoverageError(
+                f"parameter '{self.name}' {tuple(p.shape)} was replaced by one of another shape or dtype since attach: "
+                f"detach(), and attach the model again before torch.compile"
+            )
         return found
 
     def follow(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,20 @@ class Contribution(ABC):
     dtype: torch.dtype
     device: torch.device
     parameter: str = ""  # its full name, where it is known
+
+    FORMS: ClassVar[dict[str, type[Contribution]]] = {}  # by name
+
+    def __init_subclass__(cls) -> None:
+        Contribution.FORMS[cls.__name__] = cls
+
+    @property
+    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Tensors and integers from which `of` makes the same again, where a compiled graph runs."""
+        raise CoverageError(f"parameter '{self.parameter}': {type(self).__name__} is not for torch.compile")
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], integers: Sequence[int]) -> Contribution:
+        return cls(*tensors, *integers)
 
     # What a form provides
 

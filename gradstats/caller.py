@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from gradstats.swap import LEAF
+LEAF = "_gradstats_leaf"  # where an attached module keeps its Leaf or Caller, outside of parameters and state_dict
 
 if TYPE_CHECKING:
     from gradstats.engines.fused import FusedHandle
@@ -31,19 +30,3 @@ class Caller:
         with self.handle.outermost(self.module, args, kwargs):
             server = self.module.__dict__[LEAF]  # which the probe may have replaced by a leaf
             return kind.forward(self.module, *args, **kwargs) if server is self else server(kind, args, kwargs)
-
-    def compiling(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The same where torch.compile traces: only what is noted breaks the graph."""
-        self._begin(args, kwargs)
-        try:
-            return kind.forward(self.module, *args, **kwargs)
-        finally:
-            self._end()
-
-    @torch.compiler.disable
-    def _begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.handle.begin(self.module, args, kwargs)
-
-    @torch.compiler.disable
-    def _end(self) -> None:
-        self.handle.lifetime.leave(self.module)

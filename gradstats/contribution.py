@@ -35,6 +35,10 @@ class Dense(Contribution):
         self.c = c
         self.count, self.shape, self.dtype, self.device = c.shape[0], tuple(c.shape[1:]), c.dtype, c.device
 
+    @property
+    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return (self.c,), ()
+
     def gradient(self) -> Tensor:
         return self.c.sum(0)
 
@@ -65,6 +69,10 @@ class PositionSum(Dense):
         super().__init__(c if c.dim() == dim + 1 else c.flatten(1, -dim - 1).sum(1))
         self.positions = c
 
+    @property
+    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return (self.positions,), (len(self.shape),)
+
     def per_token(self) -> Contribution:
         return Dense(self.positions.reshape(-1, *self.shape))
 
@@ -82,6 +90,10 @@ class Outer(Contribution):
     def __init__(self, d: Tensor, a: Tensor):
         self.d, self.a = d, a
         self.count, self.shape, self.dtype, self.device = d.shape[0], (d.shape[1], a.shape[1]), d.dtype, d.device
+
+    @property
+    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return (self.d, self.a), ()
 
     def gradient(self) -> Tensor:
         return self.d.T @ self.a
@@ -177,6 +189,10 @@ class OuterSum(Streamed):
     def _buffer(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
+    @property
+    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return (self.d, self.a), ()
+
     def example(self, n: int) -> Tensor:
         return torch.mm(self.d[n].T, self.a[n], out=self._buffer)
 
@@ -219,6 +235,10 @@ class Rows(Contribution):
     def __init__(self, ids: Tensor, d: Tensor, rows: int):
         self.ids, self.d, self.rows = ids, d, rows
         self.count, self.shape, self.dtype, self.device = d.shape[0], (rows, d.shape[2]), d.dtype, d.device
+
+    @property
+    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return (self.ids, self.d), (self.rows,)
 
     def gradient(self) -> Tensor:
         table = self.d.new_zeros(self.shape)

@@ -1,6 +1,6 @@
 """The one autograd Function that every leaf computes through; its backward returns statistics as gradients of shadows.
 
-    LeafFunction(shadows..., links..., inputs..., parameters..., sentinel) -> outputs..., link
+    LeafFunction(shadows..., links..., inputs..., parameters..., token) -> outputs..., link
 
 A parameter that is used several times has its shadows at the first use; every later use takes the first one's `link`,
 an output that holds nothing, so that autograd runs the backward of the first use when those of all others are done.
@@ -90,7 +90,7 @@ class LeafFunction(torch.autograd.Function):
             else:
                 gradients, sums = {name: c.gradient() for name, c in contributions.items()}, {}
         if counts and call.used:
-            call.leaf.record(call, gradients, sums)
+            call.leaf.record(call.used, call.batch_size, call.generation, gradients, sums)
         returned = *grad_input, *(gradients.get(name) for name in call.names)
         return None, *(sums.get(slot) for slot in call.slots), *(None,) * call.links, *returned, None
 
@@ -158,17 +158,25 @@ def autocast(
     policy: str | None, device: str, x: Any, parameters: Mapping[str, Tensor | None]
 ) -> tuple[Any, dict[str, Tensor | None]]:
     """What torch's autocast would do to this layer, by autograd operations outside of the Function."""
+    dtype = autocast_dtype(policy, device)
+    if dtype is None:
+        return x, dict(parameters)
+    return tree_map(lambda t: cast(t, dtype), x), {name: cast(p, dtype) for name, p in parameters.items()}
+
+
+def autocast_dtype(policy: str | None, device: str) -> torch.dtype | None:
+    """The dtype in which autocast would run a layer; None: as it is."""
     if policy is None or not torch.is_autocast_enabled(device):
-        return x, dict(parameters)
+        return None
     if policy == "float32" and device == "cpu":  # where autocast leaves normalisation layers alone
-        return x, dict(parameters)
-    dtype = torch.get_autocast_dtype(device) if policy == "low" else torch.float32
+        return None
+    return torch.get_autocast_dtype(device) if policy == "low" else torch.float32
 
-    def cast(t: Any) -> Any:
-        narrows = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if narrows else t
 
-    return tree_map(cast, x), {name: cast(p) for name, p in parameters.items()}
+def cast(t: Any, dtype: torch.dtype | None) -> Any:
+    """Numbers in another dtype; float64 is left alone, as autocast does."""
+    narrows = dtype is not None and isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(dtype) if narrows else t
 
 
 def no_autocast(device: str) -> AbstractContextManager:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gradstats.errors import GradstatsError, LifetimeError, MissingStatistic
+from gradstats.loss_scale import LossScale
 from gradstats.statistics import STATISTICS, statistic_of
 from gradstats.sums import SUMS, register
 from gradstats.window import Statistic, Window
@@ -60,6 +62,7 @@ class Handle(ABC):
         # Sums that autograd adds up over accumulation steps, as gradients of shadows, and those that we keep a step.
         self.shadowed = tuple(need for need in self.needs if SUMS[need].persistent)
         self.stepwise = tuple(need for need in self.needs if not SUMS[need].persistent)
+        self.loss_scale: LossScale | None = None
         self._names: dict[int, str] = {}  # id of a registered parameter -> its full name
 
     # What an engine provides
@@ -107,6 +110,15 @@ class Handle(ABC):
             if handle_of(parameter) is self:
                 _handles.pop(parameter)
         self._names.clear()
+        if self.loss_scale is not None:
+            self.loss_scale.close()
+
+    def follow(self, grad_scaler: Any) -> None:
+        """Statistics are those of the loss before `grad_scaler` multiplied it, from the next backward pass on."""
+        self.loss_scale = LossScale(grad_scaler)
+        for p in self.parameters().values():
+            if p.requires_grad:
+                self.loss_scale.follow(p)
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +138,8 @@ class Handle(ABC):
             )
         _handles[parameter] = weakref.ref(self)
         self._names[id(parameter)] = name
+        if self.loss_scale is not None and parameter.requires_grad:
+            self.loss_scale.follow(parameter)
 
     def name_of(self, key: str | Tensor) -> str:
         """The full name of a parameter given by name or by itself. Raises: MissingStatistic."""
@@ -142,7 +156,8 @@ class Handle(ABC):
         raise MissingStatistic(f"a parameter of shape {tuple(key.shape)} does not belong to the attached model")
 
     def window(self, key: str | Tensor, needs: Sequence[str], needs_gradient: bool = False) -> Window:
-        """What was backpropagated through one parameter since its gradient was last None.
+        """What was backpropagated through one parameter since its gradient was last None, in units of the loss that
+        was: a GradScaler's scale included.
 
         Raises: MissingStatistic if nothing was, or if the sums were not asked for; LifetimeError if the mean gradient
         is needed and p.grad was changed since the backward pass.
@@ -162,6 +177,16 @@ class Handle(ABC):
                 f"no longer fits the squares. Read this statistic before, and clip with the optimizer's max_norm."
             )
         return Window(sums, gradient, size, self.loss_reduction, parameter.numel())
+
+    def without_loss_scale(self, key: str | Tensor, window: Window) -> Window:
+        """The same in units of the loss before the grad_scaler given to `attach` multiplied it. Raises: LifetimeError
+        if there is no one scale."""
+        if self.loss_scale is None:
+            return window
+        name = self.name_of(key)
+        parameter = self.parameters()[name]
+        gradient = 1.0 if window.gradient is None else self.loss_scale.of_gradient(name, parameter)
+        return replace(window, loss_scale=self.loss_scale.of_squares(name, parameter), gradient_scale=gradient)
 
     def read(self, statistic: Wanted) -> ByParameter:
         """A statistic of every parameter, computed when an entry is read."""
@@ -269,7 +294,8 @@ class ByParameter(Mapping[str, Any]):
         return [self._window(name) for name in self.handle.parameters() if self.handle.has(name)]
 
     def _window(self, key: str | Tensor) -> Window:
-        return self.handle.window(key, keys(self.statistic), self.statistic.needs_gradient)
+        window = self.handle.window(key, keys(self.statistic), self.statistic.needs_gradient)
+        return self.handle.without_loss_scale(key, window)
 
 
 def table(rows: Iterable[tuple[str, nn.Parameter, int | None, str, str]]) -> str:

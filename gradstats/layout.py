@@ -7,6 +7,7 @@ examples in another dimension, or flattened together with positions in either or
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -49,3 +50,12 @@ class Layout:
 
 FIRST = Layout()
 ONE = Layout(one=True)
+
+
+def brought(x: Any, layout: Layout | None, n: int) -> Any:
+    """An input as rows, the examples in front; what all examples share is repeated for each."""
+    if not isinstance(x, Tensor):
+        return x
+    if layout is not None:
+        return layout.rows(x, n)
+    return x.expand(n, *x.shape[1:]) if x.shape[0] == 1 else x

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gradstats.account import Account, shadow
+from gradstats.account import Account
 from gradstats.errors import CoverageError
 from gradstats.function import Call, Gradients, LeafFunction, Sums, Use, autocast
-from gradstats.layout import FIRST, Layout
+from gradstats.layout import FIRST, Layout, brought
+from gradstats.operators import token_of
 from gradstats.rules import Composite, Rule, fallback
 from gradstats.rules.registry import checked
 from gradstats.swap import LEAF
@@ -54,8 +55,9 @@ class Leaf:
         self._forget()
 
     def _forget(self) -> None:
-        self._sentinel: Tensor | None = None
-        self._accumulator: Any = None  # the node that would accumulate the sentinel's gradient
+        self.token = token_of(self)
+        self.call = torch.zeros(2, dtype=torch.int64)  # generation and examples of the last call that was compiled
+        self._accumulator: Any = self.token.view_as(self.token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("handle", "module", "prefix", "rule", "why", "accounts", "loops", "tied", "layouts")
@@ -64,6 +66,13 @@ class Leaf:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def prepare(self) -> None:
+        """Makes the shadows ahead of a compilation, which takes them for inputs."""
+        for account in self.accounts.values():
+            if account.present:
+                for kind in self.handle.shadowed:
+                    account.shadow_of(kind)
 
     @property
     def title(self) -> str:
@@ -112,7 +121,7 @@ class Leaf:
     @torch.compiler.disable
     def compiling(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The same where torch.compile traces: its bookkeeping is Python, and would be traced anew at every step."""
-        return self(kind, args, kwargs)
+        return self(kind, args, kwargs) if self.active else kind.forward(self.module, *args, **kwargs)
 
     def bound(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """The inputs of a rule from the arguments of the call."""
@@ -219,9 +228,6 @@ class Leaf:
             for kind in self.handle.shadowed:
                 slots.append((name, kind))
                 shadows.append(account.shadow_of(kind))
-        if self._sentinel is None:
-            self._sentinel = shadow(())
-            self._accumulator = self._sentinel.view_as(self._sentinel).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
         call = Call(
             self,
             rule,
@@ -235,7 +241,7 @@ class Leaf:
             rows // n,
             generation,
         )
-        *y, link = LeafFunction.apply(call, *shadows, *links, *inputs, *parameters.values(), self._sentinel)
+        *y, link = LeafFunction.apply(call, *shadows, *links, *inputs, *parameters.values(), self.token)
         for use in used.values():
             if use.collects:
                 lifetime.link(use.account, link)
@@ -247,19 +253,10 @@ class Leaf:
         """Whether this backward pass accumulates into every leaf of autograd, unlike torch.autograd.grad."""
         return torch._C._will_engine_execute_node(self._accumulator)
 
-    def record(self, call: Call, gradients: Gradients, sums: Sums) -> None:
+    def record(self, used: Mapping[str, Use], n: int, generation: int, gradients: Gradients, sums: Sums) -> None:
         """Called by the Function's backward before anything is accumulated."""
-        used = [use for name, use in call.used.items() if name in gradients or use.collects]
-        self.handle.lifetime.begin_backward(self.title, used, call.batch_size, call.generation)
-        for name, use in call.used.items():
+        reached = [use for name, use in used.items() if name in gradients or use.collects]
+        self.handle.lifetime.begin_backward(self.title, reached, n, generation)
+        for name, use in used.items():
             own = {kind: sums[name, kind] for kind in self.handle.stepwise if (name, kind) in sums}
-            use.account.record(call.generation, gradients.get(name), use.uses.units if use.collects else 0, own)
-
-
-def brought(x: Any, layout: Layout | None, n: int) -> Any:
-    """An input as rows, the examples in front; what all examples share is repeated for each."""
-    if not isinstance(x, Tensor):
-        return x
-    if layout is not None:
-        return layout.rows(x, n)
-    return x.expand(n, *x.shape[1:]) if x.shape[0] == 1 else x
+            use.account.record(generation, gradients.get(name), use.uses.units if use.collects else 0, own)

@@ -38,7 +38,8 @@ class Lifetime:
         self._tasks: set[int] = set()  # its graph tasks, nested ones included
         self._ended: set[int] = set()  # those of them that have ended
         self._suspicions: list[tuple[int, Account, CoverageError]] = []
-        self._root: nn.Module | None = None  # the outermost module whose call is under way
+        self.root: nn.Module | None = None  # the outermost module whose call is under way
+        self.first: Tensor | None = None  # its first tensor, where it is compiled
         self._batch: int | None = None  # examples of the last outermost call
         self._uses: dict[Account, tuple[Uses, Tensor | None]] = {}  # by the forward under way, with the first's link
         self._recomputed: dict[Account, tuple[Uses, Tensor | None]] = {}  # the same in a backward pass
@@ -47,19 +48,23 @@ class Lifetime:
 
     def enter(self, module: nn.Module, examples: int) -> None:
         """An outermost call into the attached model begins."""
-        self._root, self._batch = module, examples
+        self.root, self._batch, self.first = module, examples, None
+
+    def enter_traced(self, module: nn.Module, first: Tensor) -> None:
+        """The same while Dynamo traces, for which a number that changes must be the size of a tensor."""
+        self.root, self._batch, self.first = module, None, first
 
     def leave(self, module: nn.Module) -> None:
         """The call of `module` ends; not only an outermost one may say so."""
-        if module is self._root:
-            self._root = None
+        if module is self.root:
+            self.root = self.first = None
             self._uses.clear()
 
     @property
     def examples(self) -> int | None:
         """How many the forward under way has, or the part of it that is recomputed in a backward pass."""
-        if self._root is not None:
-            return self._batch
+        if self.root is not None:
+            return self._batch if self.first is None else self.first.shape[0]
         if in_backward():
             return self.sizes.get(self.current, self._batch) if self.started else self._batch
         return None
@@ -82,7 +87,7 @@ class Lifetime:
         # A link keeps its graph alive: that of a non-reentrant recomputation has only to be run, not to be kept.
         if in_backward() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             self._recomputed.pop(account)
-        elif self._root is not None or in_backward():
+        elif self.root is not None or in_backward():
             uses = self._open()
             uses[account] = (uses[account][0], link)
 

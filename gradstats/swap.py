@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from gradstats import compiled
+from gradstats.caller import LEAF, Caller
 from gradstats.errors import CoverageError
 
 if TYPE_CHECKING:
-    from gradstats.caller import Caller
     from gradstats.leaf import Leaf
-
-LEAF = "_gradstats_leaf"  # where an attached module keeps its Leaf or Caller, outside of parameters and state_dict
 
 
 @cache
@@ -30,11 +29,19 @@ def attached_class(kind: type) -> type:
     @wraps(kind.forward)  # type: ignore[attr-defined]
     def forward(self, *args, **kwargs):
         server: Leaf | Caller | None = self.__dict__.get(LEAF)
+        if server is not None and torch.compiler.is_compiling():
+            return compiled.forward(server, self, kind, args, kwargs)
         if server is None or not server.active:
             return kind.forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            return server.compiling(kind, args, kwargs)
         return server(kind, args, kwargs)
+
+    def _apply(self, fn, recurse=True):
+        """What .to() goes through: the shadows follow the parameters."""
+        kind._apply(self, fn, recurse)
+        server: Leaf | Caller | None = self.__dict__.get(LEAF)
+        if server is not None and not isinstance(server, Caller):
+            server.prepare()
+        return self
 
     def __reduce_ex__(self, protocol):
         """Pickles and copies as the original class plus the swap, since this class has no importable name."""
@@ -45,6 +52,7 @@ def attached_class(kind: type) -> type:
 
     namespace = {
         "forward": forward,
+        "_apply": _apply,
         "__reduce_ex__": __reduce_ex__,
         "__module__": kind.__module__,
         "__doc__": kind.__doc__,

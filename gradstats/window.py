@@ -3,7 +3,7 @@
 Contributions add up over accumulation steps, so leaves only ever keep raw sums; scale and batch size enter here, once,
 on reading.
 
-    g_b = scale c_b          scale = B for a mean loss, 1 for a sum loss
+    g_b = scale c_b          scale = B for a mean loss, 1 for a sum loss; under GradScaler, over the loss's scale
     m   = scale/B sum c_b    mean gradient
 """
 
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gradstats.errors import GradstatsError
+from gradstats.errors import GradstatsError, LifetimeError
 from gradstats.sums import RawSum, wide
 
 
@@ -26,6 +26,7 @@ class Window:
 
     `sums` maps keys of raw sums to those of one parameter; `gradient` is sum_b c_b, that is p.grad; `batch_size` counts
     examples, or positions or micro-batches where that granularity was asked for; `elements` those of the parameter.
+    `loss_scale` is what a GradScaler multiplied the loss by, and `gradient_scale` what `gradient` still carries of it.
     """
 
     sums: Mapping[str, Tensor]
@@ -33,10 +34,12 @@ class Window:
     batch_size: int
     loss_reduction: str
     elements: int = 0
+    loss_scale: float = 1.0
+    gradient_scale: float = 1.0
 
     @property
     def scale(self) -> float:
-        return float(self.batch_size) if self.loss_reduction == "mean" else 1.0
+        return (self.batch_size if self.loss_reduction == "mean" else 1) / self.loss_scale
 
     @property
     def mean(self) -> Tensor:
@@ -45,7 +48,7 @@ class Window:
             raise GradstatsError(
                 "the mean gradient is needed, but p.grad is None: read this statistic before zero_grad()"
             )
-        return wide(self.gradient) * (self.scale / self.batch_size)
+        return wide(self.gradient.to_dense()) * (self.scale * self.loss_scale / self.gradient_scale / self.batch_size)
 
 
 class Statistic(ABC):
@@ -69,7 +72,7 @@ class Statistic(ABC):
     def total(self, windows: Sequence[Window]) -> Any:
         """Of the whole gradient, from the windows of all parameters: sums over elements add up.
 
-        Raises: GradstatsError if there is none, or if the parameters count different things.
+        Raises: GradstatsError if there is none, or if the parameters count different things or have different scales.
         """
         if not self.has_total:
             raise GradstatsError(f"{self.name!r} has an entry for every element of a parameter, and no total")
@@ -79,13 +82,18 @@ class Statistic(ABC):
                 f"{self.name!r} has no total: the parameters' statistics are over {sorted(sizes)} of what is counted "
                 f"as one. Use granularity='example'"
             )
+        if len({window.loss_scale for window in windows}) > 1:
+            raise LifetimeError(
+                f"{self.name!r} has no total: the losses behind the parameters' gradients had different scales. Call "
+                f"zero_grad() on all parameters after scaler.update()"
+            )
         sums = {}
         for raw in self.needs:
             sums[raw.key] = windows[0].sums[raw.key]
             for window in windows[1:]:
                 sums[raw.key] = raw.merge(sums[raw.key], window.sums[raw.key])
         elements = sum(window.elements for window in windows)
-        return self.read(Window(sums, None, windows[0].batch_size, windows[0].loss_reduction, elements))
+        return self.read(replace(windows[0], sums=sums, gradient=None, elements=elements))
 
 
 class BlockStatistic(RawSum, Statistic):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from gradstats.engines.fused import FusedHandle
+from gradstats.engines.microbatch import MicrobatchHandle
 from gradstats.engines.opacus import OpacusHandle
 from gradstats.handle import Handle
 
@@ -11,4 +12,5 @@ ENGINES: dict[str, Callable[..., Handle]] = {
     "fused": FusedHandle,
     "vmap": partial(FusedHandle, whole=True),
     "opacus": OpacusHandle,
+    "microbatch": MicrobatchHandle,
 }

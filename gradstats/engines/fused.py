@@ -169,6 +169,7 @@ class FusedHandle(Handle):
                 accounts[name] = self._account(module, prefix, name, p)
         leaf = Leaf(self, module, prefix, rule, accounts, why)
         swap(module, leaf)
+        leaf.prepare()
         self.leaves.append(leaf)
 
     def _account(self, module: nn.Module, prefix: str, name: str, p: nn.Parameter) -> Account:

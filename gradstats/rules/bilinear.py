@@ -26,6 +26,10 @@ class Products(Streamed):
     def gradient(self) -> Tensor:
         return torch.einsum("nto,nti,ntj->oij", self.d, self.x, self.z)
 
+    @property
+    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return (self.d, self.x, self.z), ()
+
     def example(self, n: int) -> Tensor:
         return torch.einsum("to,ti,tj->oij", self.d[n], self.x[n], self.z[n])
 

@@ -39,6 +39,25 @@ class ConvolutionWeight(Streamed):
         self.d, self.x, self.weight, self.settings = d, x, weight, settings
         self.count, self.shape, self.dtype, self.device = d.shape[0], tuple(weight.shape), d.dtype, d.device
 
+    @property
+    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        s = self.settings
+        return (self.d, self.x, self.weight), (
+            *s.stride,
+            *s.padding,
+            *s.dilation,
+            s.transposed,
+            *s.output_padding,
+            s.groups,
+        )
+
+    @classmethod
+    def of(cls, tensors, integers):
+        k = tensors[0].dim() - 2
+        s = list(integers)
+        settings = Settings(s[:k], s[k : 2 * k], s[2 * k : 3 * k], bool(s[3 * k]), s[3 * k + 1 : -1], s[-1])
+        return cls(*tensors, settings)
+
     def example(self, n: int) -> Tensor:
         return self.settings.weight_gradient(self.d[n : n + 1], self.x[n : n + 1], self.weight)
 

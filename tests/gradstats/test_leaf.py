@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gradstats
 from gradstats import attach
-from gradstats.leaf import LeafFunction, shadow
+from gradstats.account import shadow
+from gradstats.function import LeafFunction
 from tests import oracle
 
 

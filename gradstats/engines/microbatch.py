@@ -1,0 +1,382 @@
+"""Engine "microbatch": squares of the gradients of whole backward passes, for any model.
+
+Every backward pass between two zero_grad() is one micro-batch of b examples, and what it adds to p.grad is its
+contribution c_i; M of them make B = M b examples. With h_i the mean gradient of a micro-batch,
+
+    h_i = (scale/b) c_i        scale = B for a mean loss, 1 for a sum loss
+    Q_b = (1/M) sum_i h_i^2    E Q_b = mu^2 + sigma^2/b
+
+Neither layers nor examples are looked into, so that what mixes examples (BatchNorm in training) is served too: sigma^2
+is then the variance that independent examples would have, if the mean of b of them scattered as micro-batches do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.autograd.variable import Variable
+from torch.utils._pytree import tree_leaves
+
+from gradstats.arguments import ExampleDims, count_examples
+from gradstats.contribution import Dense
+from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
+from gradstats.function import no_autocast
+from gradstats.handle import ByParameter, Handle, Wanted, handle_of, table
+from gradstats.lifetime import in_backward
+from gradstats.loss_scale import state_of
+from gradstats.statistics import SecondMoment, SimpleNoiseScale, Variance
+from gradstats.sums import GRADIENT, SQUARED_NORMS, SUMS, wide
+from gradstats.window import Statistic
+
+# Statistics of single examples that micro-batches estimate without bias.
+ESTIMATED = (SecondMoment, Variance, SimpleNoiseScale)
+
+
+@dataclass(eq=False)
+class Forward:
+    """A call of the model with gradients."""
+
+    generation: int  # calls between the same two backward passes share it
+    examples: int
+
+
+@dataclass
+class Pass:
+    """A backward pass under way, nested ones included: what it goes through, and what arrives where."""
+
+    tasks: set[int] = field(default_factory=set)  # graph tasks that have not ended
+    forwards: list[Forward] = field(default_factory=list)
+    arrived: dict[str, Tensor] = field(default_factory=dict)
+    began: set[str] = field(default_factory=set)  # of these, with a gradient that was None or zeroed
+    changed: set[str] = field(default_factory=set)  # of these, with a gradient that was changed since the last pass
+
+
+@dataclass
+class Sums:
+    """Of one parameter, over the backward passes since its gradient was last None."""
+
+    first: int  # the first of these passes
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    steps: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # sums with an entry a pass
+    left: tuple[int, int] | None = None  # p.grad after the last pass
+    unseen: bool = False  # p.grad holds more than the passes added
+
+    def add(self, index: int, found: dict[str, Tensor]) -> None:
+        for key, value in found.items():
+            if SUMS[key].per == "example":
+                self.steps.setdefault(key, {})[index] = value
+            else:
+                self.totals[key] = SUMS[key].merge(self.totals[key], value) if key in self.totals else value
+
+
+class MicrobatchHandle(Handle):
+    """Gathers raw sums over backward passes.
+
+    With granularity "example", the sum of c_b^2 over examples is estimated, without bias, from the micro-batches':
+
+        sum_b c_b^2 ~ C^2/B + k (sum_i c_i^2 / b - C^2/B)        C = sum_i c_i = p.grad        k = (B - 1)/(M - 1)
+
+    so that the variance is s2 = (Q_b - m^2)/(1/b - 1/B), and the second moment q = m^2 + s2 (B - 1)/B. With b = 1 both
+    are exact. With granularity "microbatch" every statistic is that of the M mean gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Sequence[Wanted],
+        loss_reduction: str,
+        ignore: Sequence[str] = (),
+        example_dims: ExampleDims = 0,
+        granularity: str = "example",
+        microbatch_size: int | None = None,
+    ):
+        super().__init__(model, statistics, loss_reduction, granularity, microbatch_size)
+        if granularity == "token":
+            raise GradstatsError("engine 'microbatch' has no positions: use engine='fused'")
+        self._declared_size, self.example_dims = microbatch_size, example_dims
+        for statistic in self.statistics.values():
+            self._check(statistic)
+        if any(handle_of(p) is not None for p in model.parameters()):
+            raise GradstatsError("the model is attached already: use gradstats.attached(model), or detach() it first")
+        self._ignored = self._named(ignore)
+        self._find_parameters()
+        for name, p in self._parameters.items():
+            if p.is_complex():
+                raise CoverageError(f"parameter '{name}' is complex: squares are of real gradients. Use ignore=[...]")
+            self.register(p, name)
+        if not any(p.requires_grad for p in self._parameters.values()):
+            raise CoverageError(f"{type(model).__name__} has no trainable parameters")
+        self._hook = model.register_forward_hook(self._forward, with_kwargs=True)
+        self._accumulators: dict[str, tuple[Any, Any]] = {}  # by parameter, the node that adds to p.grad, and its hook
+        self._generation = self._passes = 0
+        self._pass: Pass | None = None
+        self._used: set[int] = set()  # generations of the forwards backpropagated in this window
+        self._sizes: dict[int, int] = {}  # examples of every pass of this window
+        self._sums: dict[str, Sums] = {}
+
+    def _check(self, statistic: Statistic) -> None:
+        """Raises: GradstatsError for what micro-batches cannot tell."""
+        if self.granularity == "example" and not isinstance(statistic, ESTIMATED):
+            raise GradstatsError(
+                f"{statistic.name!r} of single examples cannot be estimated without bias from gradients of "
+                f"micro-batches: {', '.join(repr(s.name) for s in ESTIMATED)} can. Use engine='fused', or "
+                f"granularity='microbatch' for that of the micro-batches"
+            )
+        if any(raw.per == "pair" for raw in statistic.needs):
+            raise GradstatsError(
+                f"{statistic.name!r} needs the gradients of all micro-batches at once, and engine 'microbatch' keeps "
+                f"none: use engine='fused', or 'projection', whose inner products estimate it"
+            )
+
+    def _named(self, ignore: Sequence[str]) -> set[str]:
+        named = [name for name, _ in self.model.named_parameters()]
+        found = {entry: [name for name in named if name == entry or name.startswith(entry + ".")] for entry in ignore}
+        for entry, names in found.items():
+            if not names:
+                raise GradstatsError(f"ignore: no parameter or module is called '{entry}'")
+        return {name for names in found.values() for name in names}
+
+    def _find_parameters(self) -> None:
+        self._parameters = {n: p for n, p in self.model.named_parameters() if n not in self._ignored}
+
+    # Forward
+
+    @torch.compiler.disable
+    def _forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Marks what the model returns, so that a backward pass knows which forward it goes through."""
+        if not torch.is_grad_enabled():
+            return
+        if in_backward():
+            self._watch()
+        elif self._pass is not None:  # cut short by an exception
+            self._pass = None
+        self._follow()
+        forward = Forward(self._generation, count_examples(args, kwargs, self.example_dims))
+        marked = [o for o in tree_leaves(output) if isinstance(o, Tensor) and o.requires_grad and not o.is_leaf]
+        for o in marked:
+            o.register_hook(lambda gradient: self._reaches(forward))
+        if not marked:
+            raise CoverageError(
+                f"{type(model).__name__} returns no tensor that depends on its parameters, alone or in a tuple, list or "
+                f"dict: a backward pass could not be told from another's. Call it under torch.no_grad(), or attach the "
+                f"module that returns tensors"
+            )
+
+    def _follow(self) -> None:
+        """Hooks the nodes that accumulate gradients; parameters may have been moved or replaced since."""
+        self._find_parameters()
+        for name, p in self._parameters.items():
+            if not (p.requires_grad and p.is_leaf):
+                continue
+            node = get_gradient_edge(p).node
+            known, hook = self._accumulators.get(name, (None, None))
+            if node is not known:
+                if hook is not None:
+                    hook.remove()
+                self._accumulators[name] = node, node.register_prehook(lambda d, name=name: self._arrives(name, *d))
+                self.register(p, name)
+
+    def new_examples(self) -> None:
+        self._generation += 1
+
+    # Backward
+
+    def _watch(self) -> Pass:
+        """The backward pass under way. It ends with the last of its graph tasks: reentrant checkpointing nests them."""
+        if self._pass is None:
+            self._pass = Pass()
+        current, task = self._pass, torch._C._current_graph_task_id()
+        if task not in current.tasks:
+            current.tasks.add(task)
+            Variable._execution_engine.queue_callback(lambda: self._end(current, task))
+        return current
+
+    def _reaches(self, forward: Forward) -> None:
+        forwards = self._watch().forwards
+        if forward not in forwards:
+            forwards.append(forward)
+
+    def _arrives(self, name: str, gradient: Tensor | None) -> None:
+        """Before `gradient` is accumulated, which torch.autograd.grad never does."""
+        if gradient is None:
+            return
+        current = self._watch()
+        if name in current.arrived:
+            current.arrived[name] = current.arrived[name] + gradient
+            return
+        current.arrived[name] = gradient
+        if self._fresh(name):
+            current.began.add(name)
+        elif name not in self._sums or not self.untouched(name):
+            current.changed.add(name)
+
+    def _fresh(self, name: str) -> bool:
+        """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
+        grad = self._parameters[name].grad
+        return grad is None or (not self.untouched(name) and not bool(grad.any()))
+
+    def _end(self, current: Pass, task: int) -> None:
+        current.tasks.discard(task)
+        if current.tasks or self._pass is not current:
+            return
+        self._pass = None
+        self._generation += 1
+        if current.arrived:
+            self._commit(current)
+
+    @torch.no_grad()
+    def _commit(self, current: Pass) -> None:
+        trainable = [name for name, p in self._parameters.items() if p.requires_grad]
+        if all(name in current.began or (name not in current.arrived and self._fresh(name)) for name in trainable):
+            self.zero()
+        try:
+            examples = self._examples(current.forwards)
+        except LifetimeError:
+            self.zero()
+            raise
+        self._passes += 1
+        self._sizes[self._passes] = examples
+        if self.granularity == "example":
+            self.microbatch_size = examples
+        for name, gradient in current.arrived.items():
+            if name in current.began or name not in self._sums:
+                self._sums[name] = Sums(self._passes)
+            sums = self._sums[name]
+            sums.unseen |= name in current.changed
+            contribution = Dense(gradient.to_dense().unsqueeze(0))
+            contribution.parameter = name
+            with no_autocast(gradient.device.type):
+                c, found = contribution.sums(self.needs)
+            sums.add(self._passes, found | {GRADIENT.key: wide(c)} if self.granularity == "example" else found)
+            grad = self._parameters[name].grad
+            sums.left = None if grad is None else state_of(grad)
+
+    def _examples(self, forwards: Sequence[Forward]) -> int:
+        """How many examples a backward pass was over. Raises: LifetimeError if that cannot be told."""
+        title = type(self.model).__name__
+        if not forwards:
+            raise LifetimeError(
+                f"a backward pass reached the parameters without going through what {title} returned, so the number of "
+                f"its examples is unknown. Call {title} itself, or attach the module that is called, and apply "
+                f"penalties in the optimizer"
+            )
+        for forward in forwards:
+            if forward.generation in self._used:
+                raise LifetimeError(
+                    f"{title} was called twice before one backward pass, or one call of it was backpropagated twice: "
+                    f"one micro-batch is one forward and one backward. If the calls saw different examples, say so "
+                    f"with stats.new_examples() between them; if they saw the same ones, make them from the forward of "
+                    f"one module, and attach that module"
+                )
+            self._used.add(forward.generation)
+        return sum(forward.examples for forward in forwards)
+
+    # Reading
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._parameters
+
+    def read(self, statistic: Wanted) -> ByParameter:
+        entries = super().read(statistic)
+        self._check(entries.statistic)
+        return entries
+
+    def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
+        if self._pass is not None:
+            raise LifetimeError(
+                "a backward pass is under way, or was cut short by an exception: read statistics after it, or call "
+                "zero_grad() and backpropagate again"
+            )
+        own = self._sums.get(name)
+        if own is None:
+            raise MissingStatistic(
+                f"parameter '{name}' has no statistics: no backward pass has reached it since they were last zeroed. "
+                f"Call loss.backward() on what the attached model returns"
+            )
+        if own.unseen:
+            raise LifetimeError(
+                f"the gradient of '{name}' holds more than these statistics have seen: it was changed between two "
+                f"backward passes, or is older than attach. Call zero_grad() before the first backward pass"
+            )
+        sizes = {index: size for index, size in self._sizes.items() if index >= own.first}
+        b, m = self._size(sizes), len(sizes)
+        found = {
+            need: SUMS[need].accumulate(own.steps[need], dict.fromkeys(sizes, 1))
+            if SUMS[need].per == "example"
+            else own.totals[need]
+            for need in needs
+        }
+        if self.granularity == "microbatch":
+            return found, m
+        whole = own.totals[GRADIENT.key].square()
+        return {need: of_examples(need, found[need], whole, b, m) for need in needs}, b * m
+
+    def _size(self, sizes: dict[int, int]) -> int:
+        """b. Raises: LifetimeError if micro-batches differ in it."""
+        found = sorted(set(sizes.values()))
+        if len(found) > 1:
+            raise LifetimeError(
+                f"the backward passes since zero_grad() were over {', '.join(map(str, sizes.values()))} examples: "
+                f"squares of gradients of unequal micro-batches do not add up. Make them equal (drop_last=True), or "
+                f"use engine='fused'"
+            )
+        if self._declared_size not in (None, found[0]):
+            raise LifetimeError(
+                f"every backward pass is one micro-batch, and these were over {found[0]} examples, not over "
+                f"microbatch_size={self._declared_size}: backpropagate as many at a time, or use engine='fused'"
+            )
+        return found[0]
+
+    def untouched(self, name: str) -> bool:
+        grad, own = self._parameters[name].grad, self._sums.get(name)
+        return grad is not None and own is not None and own.left == state_of(grad)
+
+    def has(self, name: str) -> bool:
+        return name in self._sums
+
+    @property
+    def batch_size(self) -> int:
+        return sum(self._sizes.values())
+
+    def coverage(self) -> str:
+        rows = [(name, p, None, "micro-batches", "") for name, p in self._parameters.items()]
+        named = dict(self.model.named_parameters())
+        rows += [(name, named[name], None, "ignored", "named in ignore") for name in sorted(self._ignored)]
+        return table(rows)
+
+    def zero(self) -> None:
+        self._used.clear()
+        self._sizes.clear()
+        self._sums.clear()
+
+    def detach(self) -> None:
+        super().detach()
+        self._hook.remove()
+        for _, hook in self._accumulators.values():
+            hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise GradstatsError("a model attached with engine='microbatch' cannot be copied: detach() it first")
+
+
+def of_examples(need: str, found: Tensor, whole: Tensor, b: int, m: int) -> Tensor:
+    """The sum over B = M b examples that micro-batches estimate (see MicrobatchHandle), from theirs and C^2.
+
+    Of squared norms, only the sum over examples is known.
+    """
+    if b == 1:
+        return found
+    if m < 2:
+        raise GradstatsError(
+            f"{need!r} of single examples cannot be told from one micro-batch of {b}: backpropagate two at least "
+            f"between zero_grad() and reading (each loss divided by their number), or use engine='fused'"
+        )
+    if need == SQUARED_NORMS.name:
+        found, whole = found.sum(), whole.sum()
+    mean = whole / (b * m)
+    return mean + (found / b - mean).clamp(min=0) * ((b * m - 1) / (m - 1))

@@ -1,0 +1,137 @@
+"""What torch.amp.GradScaler multiplied the loss by: gradients carry the scale once, their squares twice.
+
+It is noted when a gradient is accumulated, since scaler.update() changes it. p.grad may lose it again: scaler.unscale_
+and scaler.step divide in place and leave no mark on the tensor, so the largest entry of p.grad is noted too, and tells.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gradstats.errors import LifetimeError
+
+
+@dataclass
+class Note:
+    """Of one parameter, since its gradient was last None. Tensors, so that no hook waits for the device."""
+
+    scale: Tensor  # in the first backward pass
+    same: Tensor  # whether it was so in all others
+    whole: Tensor  # whether p.grad still carried it whenever more was added
+    largest: Tensor  # max |p.grad| after the last backward pass
+    left: tuple[int, int]
+
+
+class LossScale:
+    """Follows one scaler, parameter by parameter."""
+
+    def __init__(self, scaler: Any):
+        self.scaler = scaler
+        self._notes = WeakIdKeyDictionary()
+        self._arrived = WeakIdKeyDictionary()  # in the backward pass under way: whether p.grad still carries the scale
+        self._hooks: list[Any] = []
+        self._task, self._scales = -1, {}  # of this graph task, the scale by device
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LossScale, (self.scaler,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LossScale:
+        """A copied model is trained with the same scaler."""
+        return LossScale(self.scaler)
+
+    def follow(self, parameter: Tensor) -> None:
+        """Hooks a trainable parameter, once."""
+        if parameter in self._notes:
+            return
+        self._notes[parameter] = None
+        itself = weakref.ref(parameter)
+        # Weak, since Python's collector does not see through this kind of hook.
+        accumulated = weakref.WeakMethod(self._accumulated)
+        self._hooks += [
+            parameter.register_hook(lambda gradient: self._arrives(itself())),
+            parameter.register_post_accumulate_grad_hook(lambda p: (alive := accumulated()) and alive(p)),
+        ]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def _arrives(self, p: Tensor) -> None:
+        note, grad = self._notes[p], p.grad
+        if note is None or grad is None or (note.left != state_of(grad) and not bool(grad.any())):
+            self._arrived[p] = None
+        else:
+            self._arrived[p] = largest(grad) == note.largest
+
+    @torch.no_grad()
+    def _accumulated(self, p: Tensor) -> None:
+        if p.grad is None or p not in self._arrived:
+            return
+        note, whole, scale = self._notes[p], self._arrived.pop(p), self._now(p.device)
+        if whole is None:
+            true = torch.ones((), dtype=torch.bool, device=p.device)
+            self._notes[p] = Note(scale, true, true, largest(p.grad), state_of(p.grad))
+        else:
+            note.same, note.whole = note.same & (note.scale == scale), note.whole & whole
+            note.largest, note.left = largest(p.grad), state_of(p.grad)
+
+    def _now(self, device: torch.device) -> Tensor:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task, self._scales = task, {}
+        if device not in self._scales:
+            self._scales[device] = self.scaler.scale(torch.ones((), device=device))
+        return self._scales[device]
+
+    def of_squares(self, name: str, parameter: Tensor) -> float:
+        """By what the loss was multiplied. Raises: LifetimeError if it changed in between."""
+        note = self._notes.get(parameter)
+        if note is None:
+            raise LifetimeError(
+                f"the statistics of '{name}' are older than grad_scaler: call zero_grad(), and backpropagate again"
+            )
+        if not bool(note.same):
+            raise LifetimeError(
+                f"the gradient of '{name}' adds up backward passes whose losses had different scales. Call "
+                f"scaler.update() after the last of them only, and zero_grad() before the next"
+            )
+        return float(note.scale)
+
+    def of_gradient(self, name: str, parameter: Tensor) -> float:
+        """What p.grad is still multiplied by: 1 once it was unscaled. Raises: LifetimeError if it is neither."""
+        scale, note, gradient = self.of_squares(name, parameter), self._notes[parameter], parameter.grad
+        assert gradient is not None
+        before, now = float(note.largest), float(largest(gradient))
+        if not bool(note.whole):
+            raise LifetimeError(
+                f"the gradient of '{name}' was unscaled before another backward pass added to it. Call zero_grad() "
+                f"after scaler.step(optimizer)"
+            )
+        slack = 4 * torch.finfo(gradient.dtype).eps
+        if before == 0 or not math.isfinite(before) or math.isclose(now, before, rel_tol=slack):
+            return scale
+        if math.isclose(now * scale, before, rel_tol=slack):
+            return 1.0
+        raise LifetimeError(
+            f"the gradient of '{name}' was changed after the backward pass by something other than grad_scaler, so it "
+            f"no longer fits the squares. Read this statistic before, and clip with the optimizer's max_norm"
+        )
+
+
+def largest(gradient: Tensor) -> Tensor:
+    """max |gradient|, exact under multiplication by a power of two."""
+    return torch.linalg.vector_norm(gradient.to_dense(), torch.inf) if gradient.numel() else gradient.new_zeros(())
+
+
+def state_of(gradient: Tensor) -> tuple[int, int]:
+    """Address and version: a gradient that has both still was not changed by an operation of autograd's."""
+    values = gradient._values() if gradient.is_sparse else gradient
+    return values.data_ptr(), gradient._version

@@ -1,0 +1,106 @@
+"""What a compiled graph asks of Python while it runs: operators that are opaque to the compiler.
+
+    opened(call, token, n)                                     in the forward: call becomes [generation, n]
+    sums(form, operands, kinds)    -> gradient, sums...        loops over examples, shapes that depend on data
+    returned(token, call, results) -> gradient of the token    in the backward, before anything is accumulated
+
+So that generations, windows and refusals are those of the eager leaf. A token is a leaf of autograd whose value is the
+number of a Leaf: code that was compiled for one layer serves all layers of its kind.
+"""
+
+from __future__ import annotations
+
+import weakref
+from itertools import count, product
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradstats.account import Uses
+from gradstats.blocks import DIRECT, Contribution
+from gradstats.contribution import Dense, Outer
+from gradstats.errors import CoverageError
+from gradstats.function import Use
+from gradstats.sums import SUMS
+
+if TYPE_CHECKING:
+    from gradstats.leaf import Leaf
+
+_leaves: weakref.WeakValueDictionary[int, Leaf] = weakref.WeakValueDictionary()
+_numbers = count()
+
+
+def token_of(leaf: Leaf) -> Tensor:
+    """A new token for `leaf`."""
+    number = next(_numbers)
+    _leaves[number] = leaf
+    # Not a scalar, whose value Dynamo would take for a constant; exact up to 2^53 leaves.
+    return torch.tensor([float(number)], dtype=torch.float64, requires_grad=True)
+
+
+@torch.library.custom_op("gradstats::opened", mutates_args={"call"})
+def opened(call: Tensor, token: Tensor, n: int) -> None:
+    """Writes the generation of a leaf's call on n examples, and n, into `call` (2,)."""
+    # A mutation: an operator whose result only the backward uses would be moved there.
+    leaf = _leaves[int(token)]
+    lifetime = leaf.handle.lifetime
+    if lifetime.examples not in (None, n):
+        raise CoverageError(f"{leaf.title} got {n} examples where the model's batch has {lifetime.examples}")
+    for account in leaf.accounts.values():
+        if account.trainable:
+            account.follow()
+    call.copy_(torch.tensor([lifetime.begin_forward(), n]))
+
+
+@opened.register_fake
+def _(call, token, n):
+    return None
+
+
+@torch.library.custom_op("gradstats::returned", mutates_args=())
+def returned(
+    token: Tensor, call: Tensor, names: str, kinds: str, gradients: list[Tensor], steps: list[Tensor]
+) -> Tensor:
+    """Records what a leaf's backward returns for the parameters `names`; `steps` are the sums `kinds` of each that
+    autograd does not accumulate."""
+    leaf, (generation, n) = _leaves[int(token)], call.tolist()
+    if leaf.accumulates():
+        accounts = {name: leaf.accounts[name] for name in names.split()}
+        used = {name: Use(account, Uses(account.name, units=n), collects=True) for name, account in accounts.items()}
+        # Clones, since the compiler reuses the memory of what is no output of the graph.
+        clones = dict(zip(product(used, kinds.split()), [step.clone() for step in steps], strict=True))
+        leaf.record(used, n, generation, dict(zip(used, gradients, strict=True)), clones)
+    return torch.zeros_like(token)
+
+
+@returned.register_fake
+def _(token, call, names, kinds, gradients, steps):
+    return torch.empty_like(token)
+
+
+@torch.library.custom_op("gradstats::sums", mutates_args=())
+def sums(form: str, tensors: list[Tensor], integers: list[int], parameter: str, kinds: str) -> list[Tensor]:
+    """Contribution.sums, of the form rebuilt from its operands."""
+    contribution = Contribution.FORMS[form].of(tensors, integers)
+    contribution.parameter = parameter
+    gradient, found = contribution.sums(kinds.split())
+    return [gradient, *(found[kind] for kind in kinds.split())]
+
+
+@sums.register_fake
+def _(form, tensors, integers, parameter, kinds):
+    c = Contribution.FORMS[form].of(tensors, integers)
+    shapes = [(c.shape, c.dtype)]
+    shapes += [(SUMS[kind].shape(c.count, c.shape), SUMS[kind].dtype(c.dtype)) for kind in kinds.split()]
+    return [torch.empty(shape, dtype=dtype, device=c.device) for shape, dtype in shapes]
+
+
+def reduce(contribution: Contribution, kinds: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gradient and the sums, in the graph where they can be traced."""
+    if isinstance(contribution, Dense | Outer) and DIRECT.issuperset(kinds):
+        return contribution.sums(kinds)
+    tensors, integers = contribution.operands
+    form = type(contribution).__name__
+    gradient, *found = sums(form, list(tensors), list(integers), contribution.parameter, " ".join(kinds))
+    return gradient, dict(zip(kinds, found, strict=True))
