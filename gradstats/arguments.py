@@ -63,8 +63,14 @@ class Arguments:
         """Those of them whose size does not tell whether they run over the examples or over positions."""
         return [i for i in self.later if list(self.values[i].shape) == [self.count] * 2]
 
-    def take(self, rows: Sequence[int], replaced: int | None = None, shared: Sequence[int] = ()) -> tuple[tuple, dict]:
-        """The call with examples `rows` (counted round), of which number `replaced` gives way to another one."""
+    def take(
+        self, rows: Sequence[int], replaced: tuple[int, str] | None = None, shared: Sequence[int] = ()
+    ) -> tuple[tuple, dict]:
+        """The call with examples `rows` (counted round).
+
+        replaced: which of them gives way, and to what: "another" example, an "altered" version of itself, or another
+        with the "same length" (one number an example is left alone).
+        """
         assert self.count is not None
         taken = []
         for i, (value, dim) in enumerate(zip(self.values, self.dims, strict=True)):
@@ -80,28 +86,26 @@ class Arguments:
             taken[i], taken[o] = self._ragged(self.values[i], self.values[o], rows, replaced)
         return tree_unflatten(taken, self.spec)
 
-    def _rows(self, value: Tensor, dim: int, rows: Sequence[int], replaced: int | None) -> Tensor:
+    def _rows(self, value: Tensor, dim: int, rows: Sequence[int], replaced: tuple[int, str] | None) -> Tensor:
         count = value.shape[dim]
         index = torch.tensor([r % count for r in rows], device=value.device)
         taken = value.detach().index_select(dim, index)
-        if replaced is None:
-            return taken.requires_grad_(value.requires_grad)
-        other = value.detach().select(dim, len(rows) % count if count > len(rows) else (rows[replaced] + 1) % count)
-        old = taken.select(dim, replaced)
-        if torch.equal(other, old):
-            other = changed(old)
-        old.copy_(other)
+        if replaced is not None and not (replaced[1] == "same length" and value.dim() == 1):
+            example, how = replaced
+            old = taken.select(dim, example)
+            other = value.detach().select(dim, another(rows, example, count))
+            old.copy_(changed(old) if how == "altered" or torch.equal(other, old) else other)
         return taken.requires_grad_(value.requires_grad)
 
     def _ragged(
-        self, value: Tensor, offsets: Tensor, rows: Sequence[int], replaced: int | None
+        self, value: Tensor, offsets: Tensor, rows: Sequence[int], replaced: tuple[int, str] | None
     ) -> tuple[Tensor, Tensor]:
         bounds = [*offsets.tolist(), len(value)]
         examples = [value.detach()[a:b] for a, b in pairwise(bounds)]
         count = len(examples)
         taken = [examples[r % count] for r in rows]
         if replaced is not None:
-            taken[replaced] = examples[len(rows) % count if count > len(rows) else (rows[replaced] + 1) % count]
+            taken[replaced[0]] = examples[another(rows, replaced[0], count)]
         begins = torch.tensor([len(example) for example in taken]).cumsum(0).roll(1)
         begins[0] = 0
         return torch.cat(taken).requires_grad_(value.requires_grad), begins.to(offsets)
@@ -112,26 +116,42 @@ def key_of(path: Any) -> int | str:
 
 
 def signature(args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What decides how a model runs, but for the sizes of the batch and of its sequences."""
-    if not kwargs and all(type(v) is Tensor for v in args):
-        return tuple([(v.dim(), v.dtype) for v in args])
+    """What decides how a model runs, but for the sizes of the batch and of its sequences. (A size of one is another
+    kind: it tells nothing of larger ones.)"""
+    if not kwargs and len(args) == 1 and type(args[0]) is Tensor:
+        return kind_of(args[0])
     values, spec = tree_flatten((args, kwargs))
-    kinds = [
-        (v.dim(), v.dtype) if isinstance(v, Tensor) else v if isinstance(v, bool | str | None) else type(v)
-        for v in values
-    ]
-    return spec, tuple(kinds)
+    return spec, tuple(map(kind_of, values))
+
+
+def kind_of(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, tuple([size == 1 for size in value.shape])
+    return value if isinstance(value, bool | str | None) else type(value)
 
 
 def size_of(value: Any, dim: int) -> int:
     return int(value.batch_sizes[0]) if isinstance(value, PackedSequence) else value.shape[dim]
 
 
+def another(rows: Sequence[int], replaced: int, count: int) -> int:
+    """An example that is not among the rows, if the batch has one."""
+    return (max(rows) + 1) % count if count > len(rows) else (rows[replaced] + 1) % count
+
+
 def changed(example: Tensor) -> Tensor:
-    """Another example, where the batch has no other: noise on numbers, ids in another order."""
+    """Another version of an example: noise on numbers, ids in another order or beside, masks and lengths shorter."""
+    one = example.flatten()[:1]
+    if example.numel() and bool(((example == 0) | (example == 1)).all()):  # a mask
+        half = example.clone()
+        half.view(-1)[example.numel() // 2 :] = 0
+        return half if not torch.equal(half, example) else 1 - half if example.dtype != torch.bool else ~half
     if example.is_floating_point():
-        return example + torch.randn_like(example) * (0.1 + example.abs().mean())
-    return example.roll(1, -1) if example.dim() else example
+        noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))  # not from the user's stream
+        return example + noise.to(example) * (0.1 + example.abs().mean())
+    if example.dim() and bool((example != one).any()):
+        return example.roll(1, -1)
+    return torch.where(example > 0, example - 1, example)  # never above, where a table may end
 
 
 def count_examples(args: tuple, kwargs: dict[str, Any], example_dims: ExampleDims) -> int:

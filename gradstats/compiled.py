@@ -68,7 +68,7 @@ class CompiledLeafFunction(torch.autograd.Function):
             gradients, found = {}, {}
             for name, contribution in contributions.items():
                 if name in constants.used:
-                    gradient, results = reduce(contribution, constants.kinds)
+                    gradient, results = reduce(contribution, token, name, constants.kinds)
                     found.update({(name, kind): result for kind, result in results.items()})
                 else:
                     gradient = contribution.gradient()
@@ -79,8 +79,8 @@ class CompiledLeafFunction(torch.autograd.Function):
         done = returned(
             token,
             call,
-            " ".join(counted),
-            " ".join(steps),
+            "\n".join(counted),
+            "\n".join(steps),
             [gradients[name] for name in counted],
             [found[name, kind] for name in counted for kind in steps],
         )
@@ -103,7 +103,7 @@ def forward(
     own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
     if not own or not all(isinstance(p, nn.Parameter) for p in own):  # frozen, or under functional_call
         return kind.forward(module, *args, **kwargs)
-    return outermost(server, module, partial(ruled, server, rule, module), args, kwargs)
+    return outermost(server, module, partial(ruled, server, rule, module, kind), args, kwargs)
 
 
 def outermost(
@@ -134,7 +134,7 @@ def traceable(leaf: Leaf) -> type[Rule] | None:
     return None
 
 
-def ruled(leaf: Leaf, rule: type[Rule], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def ruled(leaf: Leaf, rule: type[Rule], module: nn.Module, kind: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """Leaf.__call__ for a rule. Raises: CoverageError for a call that the probe has not seen."""
     checked(leaf.prefix, rule.check, module)
     x = rule.bind(module, *args, **kwargs)
@@ -145,11 +145,8 @@ def ruled(leaf: Leaf, rule: type[Rule], module: nn.Module, *args: Any, **kwargs:
     first = leaf.handle.lifetime.first
     n = inputs[0].shape[0] if first is None else first.shape[0]  # None: only a part of the model is compiled
     rows = [i if layout is FIRST else brought(i, layout, n) for i, layout in zip(inputs, layouts, strict=True)]
-    if rows[0].shape[0] != n:
-        raise CoverageError(
-            f"{leaf.title} got {rows[0].shape[0]} rows where the batch has {n} examples: positions that are flattened "
-            f"into the examples cannot be compiled. Compile the parts around it"
-        )
+    if rows[0].shape[0] != n:  # positions flattened into the examples
+        return leaf.compiling(kind, args, kwargs)
     own, kinds = module._parameters, leaf.handle.needs
     used = tuple(name for name, p in own.items() if p is not None and p.requires_grad and name in leaf.accounts)
     slots = tuple((name, kind) for name in used for kind in kinds if SUMS[kind].persistent)

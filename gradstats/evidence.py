@@ -14,6 +14,8 @@ from gradstats.layout import FIRST, ONE, Layout
 EXAMPLES = 3  # the fewest of which one can be replaced and two others stay
 ROUNDING = 16  # changes up to so many units in the last place of the largest entry are none
 
+SHARED: frozenset[Layout | None] = frozenset([None])
+
 
 class Unclear(Exception):
     """Why the examples of a tensor cannot be told apart."""
@@ -23,37 +25,67 @@ class Mixes(Exception):
     """One example's entries change with the other examples."""
 
 
-def layout_of(small: Any, x: Any, replaced: Sequence[Any]) -> Layout | None:
-    """Where the examples are in x, a tensor of EXAMPLES of them; None if all share it.
+def layouts_of(small: Any, x: Any, other: Any, example: int) -> frozenset[Layout | None]:
+    """Where the examples can be in x, a tensor of EXAMPLES of them; None: all share it.
 
-    `small` is the same one of an example less; in `replaced` the first, second, ... example gave way to another one.
-    Raises: Unclear, Mixes.
+    `small` is the same one of an example less; in `other` number `example` gave way to another one. Raises: Unclear,
+    Mixes.
     """
     if not isinstance(x, Tensor):
-        return None
-    if any(other.dim() != x.dim() for other in (small, *replaced)):
+        return SHARED
+    if small.dim() != x.dim() or other.dim() != x.dim():
         raise Unclear("is called with tensors of a rank that the data decide")
-    if padded_to_longest(small, x, replaced):
-        small, x, *replaced = alike([small, x, *replaced])
-    if any(other.shape != x.shape for other in replaced):
+    if padded_to_longest(small, x, other):
+        small, x, other = alike([small, x, other])
+    if other.shape != x.shape:
         raise Unclear("is called with rows gathered by what is in them")
     differ = [k for k, (a, b) in enumerate(zip(small.shape, x.shape, strict=True)) if a != b]
     if not differ:
-        if any(changed_entries(x, other, None).any() for other in replaced):
+        if changed_entries(x, other, None).any():
             raise Mixes
-        return ONE if x.dim() and x.shape[0] == 1 else None
+        return frozenset([ONE]) if x.dim() and x.shape[0] == 1 else SHARED
     dim = differ[0]
     if len(differ) > 1 or small.shape[dim] * EXAMPLES != x.shape[dim] * (EXAMPLES - 1):
         raise Unclear("is called with tensors whose sizes are no multiple of the examples'")
-    return order_of(x, dim, [changed_entries(x, other, dim) for other in replaced])
+    return orders_of(x, dim, changed_entries(x, other, dim), example)
 
 
-def padded_to_longest(small: Tensor, x: Tensor, replaced: Sequence[Tensor]) -> bool:
+def orders_of(x: Tensor, dim: int, changed: Tensor, example: int) -> frozenset[Layout | None]:
+    """In which orders the examples can be along `dim`, from the entries that changed with one of them."""
+    entry = torch.arange(x.shape[dim], device=x.device)[changed]
+    fold = x.shape[dim] // EXAMPLES
+    if fold == 1:
+        if not bool((entry == example).all()):
+            raise Mixes
+        return frozenset([FIRST if dim == 0 else Layout(dim)])
+    slowest, fastest = Layout(dim, folded=True), Layout(dim, folded=True, fastest=True)
+    owners = {slowest: entry // fold, fastest: entry % EXAMPLES}
+    found: set[Layout | None] = {layout for layout, owner in owners.items() if bool((owner == example).all())}
+    if not found:  # mixed, or in an order of another kind
+        raise Unclear("is called with examples and positions in one dimension, in an order that is not known")
+    return frozenset(found)
+
+
+def met(one: frozenset[Layout | None], other: frozenset[Layout | None]) -> frozenset[Layout | None]:
+    """Layouts that two pieces of evidence about the same tensor have in common. Raises: Unclear if there are none."""
+    found: set[Layout | None] = set()
+    for a in one:
+        for b in other:
+            if a is None or b is None:
+                if a is b:
+                    found.add(a)
+            elif (both := a.met(b)) is not None:
+                found.add(both)
+    if not found:
+        raise Unclear("is called with the examples in different places")
+    return frozenset(found)
+
+
+def padded_to_longest(small: Tensor, x: Tensor, other: Tensor) -> bool:
     """Whether all have the examples in front, and are otherwise as large as the largest of those that they have."""
-    if all(other.shape[1:] == x.shape[1:] for other in (small, *replaced)):
+    if small.shape[1:] == x.shape[1:] == other.shape[1:]:
         return False
-    same = all(other.shape[:1] == x.shape[:1] for other in replaced)
-    return same and small.shape[0] * EXAMPLES == x.shape[0] * (EXAMPLES - 1)
+    return other.shape[:1] == x.shape[:1] and small.shape[0] * EXAMPLES == x.shape[0] * (EXAMPLES - 1)
 
 
 def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -67,23 +99,15 @@ def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
     return filled
 
 
-def order_of(x: Tensor, dim: int, changes: Sequence[Tensor]) -> Layout:
-    """In which order examples run along `dim`, from the entries that changed with the first, second, ... of them."""
-    owner = torch.arange(x.shape[dim], device=x.device)
-    fold = x.shape[dim] // EXAMPLES
-    orders = owner // fold, owner % EXAMPLES  # examples slowest, or fastest
-    slowest, fastest = (all(bool((order[c] == j).all()) for j, c in enumerate(changes)) for order in orders)
-    if not slowest and not fastest:
-        raise Mixes
-    if slowest and fastest and fold > 1:
-        raise Unclear("is called with examples and positions in one dimension, in an order that does not show")
-    return FIRST if slowest and not dim else Layout(dim, fastest=not slowest)
-
-
 def changed_entries(a: Tensor, b: Tensor, dim: int | None) -> Tensor:
-    """Which entries along `dim` of two tensors differ by more than rounding; of all of them without `dim`."""
-    if a.is_floating_point():
-        slack = ROUNDING * torch.finfo(a.dtype).eps * a.detach().abs().nan_to_num(posinf=0).amax() if a.numel() else 0
+    """Which entries along `dim` of two tensors differ by more than rounding; of all of them without `dim`.
+
+    Rounding is relative to the largest entry of the same feature, the last dimension: features differ in scale.
+    """
+    if a.is_floating_point() and a.numel():
+        size = a.detach().abs().nan_to_num(posinf=0)
+        largest = size.amax(tuple(range(a.dim() - 1)), keepdim=True) if a.dim() > 1 else size
+        slack = ROUNDING * torch.finfo(a.dtype).eps * largest
         differ = ~((a - b).abs() <= slack) & ~(a == b) & ~(a.isnan() & b.isnan())
     else:
         differ = a != b

@@ -14,14 +14,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Dimension `dim` has n f entries: f consecutive ones an example, or, if `fastest`, every n-th one.
+    """Dimension `dim` has an entry an example; or, `folded`, n f of them: f consecutive ones an example, or, if
+    `fastest`, every n-th one.
 
     `one`: it has a single entry, which all examples share; it is repeated for each of them.
     """
 
     dim: int = 0
+    folded: bool = False
     fastest: bool = False
     one: bool = False
+
+    def fits(self, x: Tensor, n: int) -> bool:
+        """Whether x can have its n examples there."""
+        size = x.shape[self.dim]
+        return size == n or n == 1 or (self.one and size == 1) or (self.folded and size % n == 0)
+
+    def met(self, other: Layout) -> Layout | None:
+        """The layout of which both are cases, if there is one: an entry an example is the case f = 1 of any order."""
+        if self == other or (self.one and other == FIRST):
+            return self
+        if other.one and self == FIRST:
+            return other
+        if self.dim != other.dim or self.one or other.one or (self.folded and other.folded):
+            return None
+        return self if self.folded else other
 
     def rows(self, x: Tensor, n: int) -> Tensor:
         """x (.., n f, ..) as (n f, ...), examples slowest."""

@@ -9,7 +9,7 @@ Shadows precede the parameters in the argument list: what runs on a parameter's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ class Leaf:
         self.handle, self.module, self.prefix, self.rule, self.why = handle, module, prefix, rule, why
         self.accounts = dict(accounts)  # by the module's own names
         self.loops = False  # a vmap leaf that does not vmap runs its module once an example
+        self.random = False  # and draws random numbers
         self.tied = [(name, a) for name, a in self.accounts.items() if a.name != f"{prefix}.{name}".removeprefix(".")]
         self.layouts: dict[Any, Layouts] = {}  # by kind of call, as the probe found them
         self._forget()
@@ -60,7 +61,7 @@ class Leaf:
         self._accumulator: Any = self.token.view_as(self.token).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("handle", "module", "prefix", "rule", "why", "accounts", "loops", "tied", "layouts")
+        kept = ("handle", "module", "prefix", "rule", "why", "accounts", "loops", "random", "tied", "layouts")
         return {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,11 +140,20 @@ class Leaf:
     def _ruled(self, rule: type[Rule], args: tuple, kwargs: dict[str, Any], n: int) -> Any:
         inputs = self.bound(args, kwargs)
         layouts = self._layouts_of(inputs, n)
+        self._check_sizes(inputs, layouts, n)
         rows = [x if layout is FIRST else brought(x, layout, n) for x, layout in zip(inputs, layouts, strict=True)]
         x = tuple(rows) if len(rows) > 1 else rows[0]
         x, parameters = autocast(rule.autocast, rows[0].device.type, x, self.module._parameters)
         y = self._apply(rule, rule.options(self.module), x, parameters, {}, n)
         return y if layouts[0] is FIRST or layouts[0] is None else layouts[0].restore(y, n)
+
+    def _check_sizes(self, inputs: Sequence[Any], layouts: Layouts, n: int) -> None:
+        for x, layout in zip(inputs, layouts, strict=False):
+            if layout is not None and not layout.fits(x, n):
+                raise CoverageError(
+                    f"{self.title} got an input of shape {tuple(x.shape)}, in which the {n} examples of the batch are "
+                    f"not where the probe has seen them ({layout}). Call stats.probe(*batch) with such a batch first"
+                )
 
     def _layouts_of(self, inputs: tuple[Any, ...], n: int) -> Layouts:
         found = self.layouts.get(tuple(x.dim() if isinstance(x, Tensor) else None for x in inputs))
@@ -177,9 +187,13 @@ class Leaf:
         layouts = self.layouts.get(call.key)
         if layouts is None:
             layouts = tuple(self.unseen(x, n) if isinstance(x, Tensor) and x.dim() else None for x in call.flat)
+        self._check_sizes(call.flat, layouts, n)
         expand = partial(self._apply, fallback.Expand, (n,), None, names={}, n=n)
         expanded = {name: expand({name: a.parameter}) for name, a in self.accounts.items()}
-        return fallback.run(call, layouts, expanded, n, self.loops)
+        output = fallback.run(call, layouts, expanded, n, self.loops)
+        if self.loops and not self.random:
+            fallback.check_loop(call, output)
+        return output
 
     def _apply(
         self,

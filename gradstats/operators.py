@@ -1,7 +1,7 @@
 """What a compiled graph asks of Python while it runs: operators that are opaque to the compiler.
 
     opened(call, token, n)                                     in the forward: call becomes [generation, n]
-    sums(form, operands, kinds)    -> gradient, sums...        loops over examples, shapes that depend on data
+    sums(form, operands, token, kinds) -> gradient, sums...    loops over examples, shapes that depend on data
     returned(token, call, results) -> gradient of the token    in the backward, before anything is accumulated
 
 So that generations, windows and refusals are those of the eager leaf. A token is a leaf of autograd whose value is the
@@ -46,7 +46,10 @@ def opened(call: Tensor, token: Tensor, n: int) -> None:
     leaf = _leaves[int(token)]
     lifetime = leaf.handle.lifetime
     if lifetime.examples not in (None, n):
-        raise CoverageError(f"{leaf.title} got {n} examples where the model's batch has {lifetime.examples}")
+        raise CoverageError(
+            f"{leaf.title} got {n} rows where the batch has {lifetime.examples} examples, and was compiled without the "
+            f"model around it. Call stats.probe(*batch) before torch.compile, and compile the whole model"
+        )
     for account in leaf.accounts.values():
         if account.trainable:
             account.follow()
@@ -62,14 +65,14 @@ def _(call, token, n):
 def returned(
     token: Tensor, call: Tensor, names: str, kinds: str, gradients: list[Tensor], steps: list[Tensor]
 ) -> Tensor:
-    """Records what a leaf's backward returns for the parameters `names`; `steps` are the sums `kinds` of each that
-    autograd does not accumulate."""
+    """Records what a leaf's backward returns for the parameters `names`, a line each; `steps` are the sums `kinds` of
+    each that autograd does not accumulate."""
     leaf, (generation, n) = _leaves[int(token)], call.tolist()
     if leaf.accumulates():
-        accounts = {name: leaf.accounts[name] for name in names.split()}
+        accounts = {name: leaf.accounts[name] for name in names.splitlines()}
         used = {name: Use(account, Uses(account.name, units=n), collects=True) for name, account in accounts.items()}
         # Clones, since the compiler reuses the memory of what is no output of the graph.
-        clones = dict(zip(product(used, kinds.split()), [step.clone() for step in steps], strict=True))
+        clones = dict(zip(product(used, kinds.splitlines()), [step.clone() for step in steps], strict=True))
         leaf.record(used, n, generation, dict(zip(used, gradients, strict=True)), clones)
     return torch.zeros_like(token)
 
@@ -80,27 +83,29 @@ def _(token, call, names, kinds, gradients, steps):
 
 
 @torch.library.custom_op("gradstats::sums", mutates_args=())
-def sums(form: str, tensors: list[Tensor], integers: list[int], parameter: str, kinds: str) -> list[Tensor]:
-    """Contribution.sums, of the form rebuilt from its operands."""
+def sums(form: str, tensors: list[Tensor], integers: list[int], token: Tensor, name: str, kinds: str) -> list[Tensor]:
+    """Contribution.sums to the parameter `name` of a leaf, of the form rebuilt from its operands."""
     contribution = Contribution.FORMS[form].of(tensors, integers)
-    contribution.parameter = parameter
-    gradient, found = contribution.sums(kinds.split())
-    return [gradient, *(found[kind] for kind in kinds.split())]
+    contribution.parameter = _leaves[int(token)].accounts[name].name
+    gradient, found = contribution.sums(kinds.splitlines())
+    return [gradient, *(found[kind] for kind in kinds.splitlines())]
 
 
 @sums.register_fake
-def _(form, tensors, integers, parameter, kinds):
+def _(form, tensors, integers, token, name, kinds):
     c = Contribution.FORMS[form].of(tensors, integers)
     shapes = [(c.shape, c.dtype)]
-    shapes += [(SUMS[kind].shape(c.count, c.shape), SUMS[kind].dtype(c.dtype)) for kind in kinds.split()]
+    shapes += [(SUMS[kind].shape(c.count, c.shape), SUMS[kind].dtype(c.dtype)) for kind in kinds.splitlines()]
     return [torch.empty(shape, dtype=dtype, device=c.device) for shape, dtype in shapes]
 
 
-def reduce(contribution: Contribution, kinds: tuple[str, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+def reduce(
+    contribution: Contribution, token: Tensor, name: str, kinds: tuple[str, ...]
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradient and the sums, in the graph where they can be traced."""
     if isinstance(contribution, Dense | Outer) and DIRECT.issuperset(kinds):
         return contribution.sums(kinds)
     tensors, integers = contribution.operands
     form = type(contribution).__name__
-    gradient, *found = sums(form, list(tensors), list(integers), contribution.parameter, " ".join(kinds))
+    gradient, *found = sums(form, list(tensors), list(integers), token, name, "\n".join(kinds))
     return gradient, dict(zip(kinds, found, strict=True))

@@ -8,85 +8,134 @@ outside of its leaf, or where no dimension runs over examples, moves the leaf's 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from gradstats.arguments import Arguments
 from gradstats.errors import CoverageError, GradstatsError
-from gradstats.evidence import EXAMPLES, Mixes, Unclear, changed_entries, layout_of, nudge, order_of
+from gradstats.evidence import EXAMPLES, changed_entries, nudge
+from gradstats.findings import PACKED, Findings, Visit, mixes
 from gradstats.layout import ONE, Layout
 from gradstats.rules import Composite, fallback
-from gradstats.watch import FunctionalUses, undisturbed
+from gradstats.watch import FunctionalUses, reached, undisturbed
 
 if TYPE_CHECKING:
     from gradstats.engines.fused import FusedHandle
     from gradstats.leaf import Leaf
 
 
-PACKED = "packed"  # the kind of call of a recurrent layer that has no dimension of examples
+class CouldNotRun(CoverageError):
+    """The model raised something of its own in a probing forward."""
 
 
-class Visit(NamedTuple):
-    """One call of a leaf in a probing forward."""
-
-    leaf: Leaf
-    key: Any  # the kind of call
-    inputs: list[Any]
-    outputs: list[Any]  # tensors that a vmap leaf returned
-    callers: tuple[nn.Module, ...]  # modules under way, outermost first
-    call: fallback.OverExamples | None
+Layouts = tuple[Layout | None, ...]
+NOT_NUDGED = -1  # repeated for every example, and the same for all
 
 
 class Probe:
     """What a signature of calls of one module does with its parameters."""
 
-    def __init__(self, handle: FusedHandle, module: nn.Module, arguments: Arguments):
+    def __init__(self, handle: FusedHandle, module: nn.Module, arguments: Arguments, round: int = 0):
         self.handle, self.module, self.arguments = handle, module, arguments
+        self.round = self.seed = round  # other rows and random numbers in every round
         self.forwards, self.seconds = 0, 0.0
         self.visits: list[Visit] = []
-        self.callers: list[nn.Module] = []
+        self.callers: list[nn.Module] = []  # under way, outermost first
+        self.called: set[nn.Module] = set()
         self.serving: Leaf | None = None  # whose forward is under way
         self.moves: dict[nn.Module, str] = {}  # modules that are to become vmap leaves, and why
         self.shared: tuple[int, ...] = ()  # arguments that all examples share after all
         self.inside = set(handle.model.modules())
         self.tracked = {id(a.parameter): a for a in handle.accounts.values() if a.trainable}
+        self.digested = 0  # examples of a forward of which only a number a row is kept
         self.nudged: int | None = None  # the example whose copy of what all share is changed
 
     def establish(self) -> None:
-        """Finds the layouts of all leaves. Raises: CoverageError if the forward mixes examples, or hides them."""
+        """Finds the layouts of all leaves; in later rounds, confirms them. Raises: CoverageError if the forward mixes
+        examples, or hides them; what the model itself raises."""
         begun = time.perf_counter()
+        if self.round == 0:
+            try:
+                self._establish()
+            except CouldNotRun:
+                self._run_plainly()
+                raise
+        self._check_whole_batch()
+        self.seconds = time.perf_counter() - begun
+
+    def _establish(self) -> None:
         self._settle_arguments()
         while True:
-            found = self._layouts()
+            findings, reached = self._look()
+            layouts = findings.layouts()
             if not self.moves:
                 break
             for module, why in self.moves.items():
                 if not any(module in set(other.modules()) for other in self.moves if other is not module):
                     self.handle.move_up(module, why)
             self.moves = {}
-        for visit, layouts in found:
-            visit.leaf.layouts[visit.key] = layouts
+        self._check_vmapped(findings, layouts)
+        for (leaf, key), found in layouts.items():
+            leaf.layouts[key] = found
+        self._check_shared(findings, layouts, reached)
         for account in self.handle.accounts.values():
-            uses = sum(account in visit.leaf.accounts.values() for visit, _ in found)
+            uses = sum(count for leaf, count in findings.uses.items() if account in leaf.accounts.values())
             account.uses = max(account.uses or 0, uses)
-        self.seconds = time.perf_counter() - begun
+
+    def _run_plainly(self) -> None:
+        """A model that fails with its whole batch too fails with its own error."""
+        args, kwargs = tree_unflatten(self.arguments.values, self.arguments.spec)
+        with undisturbed(self.handle.model, self.seed):
+            self.handle.probing = self
+            try:
+                self.module.forward(*args, **kwargs)
+            finally:
+                self.handle.probing = None
+
+    def _look(self) -> tuple[Findings, list[Tensor | None]]:
+        """All findings, and which examples' entries of the module's outputs the first example reaches.
+
+        Every example is replaced once, each under other random numbers: what is done at random is seen too.
+        """
+        rows = list(range(EXAMPLES))
+        findings, reached = Findings(self._unclear), []
+        for example in range(EXAMPLES):
+            self.seed = example
+            small, _ = self.run(rows[:-1])
+            whole, outputs = self.run(rows)
+            other, changed = self._run_replaced(rows, example)
+            findings.add(small, whole, other, example)
+            if example == 0:
+                reached = [entries(a, b) for a, b in zip(outputs, changed, strict=True)]
+        return findings, reached
+
+    def _run_replaced(self, rows: Sequence[int], example: int) -> tuple[list[Visit], list[Tensor]]:
+        """One example replaced: the second by a version of itself in which masks are shorter and lengths smaller, since
+        first batches are often full. A model may not bear that, nor other lengths, nor (all ids zero) any other."""
+        for how in ("altered", "another", "same length"):
+            if how != "altered" or example == 1:
+                with suppress(CoverageError):
+                    return self.run(rows, (example, how))
+        return self.run(rows)
 
     # Forwards
 
-    def run(self, rows: Sequence[int], replaced: int | None = None) -> tuple[list[Visit], list[Tensor]]:
+    def run(self, rows: Sequence[int], replaced: tuple[int, str] | None = None) -> tuple[list[Visit], list[Tensor]]:
         """One forward: its visits, and the tensors that the module returns."""
-        self.visits, self.callers = [], []
+        self.visits, self.callers, self.called = [], [], {self.module}
         self.forwards += 1
         args, kwargs = self.arguments.take(rows, replaced, self.shared)
-        with undisturbed(self.handle.model), self._watching():
+        with undisturbed(self.handle.model, self.seed), self._watching():
             output = self.module.forward(*args, **kwargs)
-        return self.visits, [o.detach() for o in tree_leaves(output) if isinstance(o, Tensor)]
+        outputs = [o for o in tree_leaves(output) if isinstance(o, Tensor)]
+        self._hidden_uses(outputs)
+        return self.visits, [o.detach() for o in outputs]
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -97,10 +146,11 @@ class Probe:
         except GradstatsError:
             raise
         except Exception as error:
-            raise CoverageError(
+            raise CouldNotRun(
                 f"the probe could not run {type(self.module).__name__} on a few examples of the batch "
                 f"({type(error).__name__}: {error}). If its arguments have the examples elsewhere than in the first "
-                f"dimension, say where: attach(model, example_dims=...)"
+                f"dimension, say where: attach(model, example_dims=...). A state of the batch's size that is kept "
+                f"between calls must be an argument of the call."
             ) from error
         finally:
             self.handle.probing = None
@@ -109,6 +159,7 @@ class Probe:
     def calling(self, module: nn.Module) -> Iterator[None]:
         """Around the forward of a module that is no leaf."""
         self.callers.append(module)
+        self.called.add(module)
         try:
             yield
         finally:
@@ -145,6 +196,9 @@ class Probe:
         finally:
             self.serving = serving
         outputs = [kept(o) for o in tree_leaves(output) if isinstance(o, Tensor)] if call is not None else []
+        if self.digested:
+            places = leaf.layouts.get(key, ())
+            inputs = [digest(x, layout, self.digested) for x, layout in zip(inputs, places, strict=False)]
         self.visits.append(Visit(leaf, key, [kept(x) for x in inputs], outputs, callers, call))
         return output
 
@@ -191,71 +245,8 @@ class Probe:
             if self.shared:
                 return
 
-    def _layouts(self) -> list[tuple[Visit, tuple[Layout | None, ...]]]:
-        rows = list(range(EXAMPLES))
-        fewer, _ = self.run(rows[:-1])
-        visits, outputs = self.run(rows)
-        others, reached = [], []
-        for example in rows:
-            other, changed = self.run(rows, replaced=example)
-            others.append(other)
-            reached.append([entries(a, b) for a, b in zip(outputs, changed, strict=True)])
-        found = []
-        for i, visit in enumerate(visits):
-            small, *replaced = same = [run[i] for run in (fewer, *others) if len(run) == len(visits)] or [visit]
-            if len(same) < 1 + EXAMPLES or any((v.leaf, v.key) != (visit.leaf, visit.key) for v in same):
-                self._move(visit.leaf, visit.callers, "is called as often as the data decide")
-                continue
-            try:
-                found.append((visit, self._layouts_of(visit, small, replaced)))
-            except Unclear as reason:
-                self._move(visit.leaf, visit.callers, str(reason))
-        if not self.moves:
-            self._check_vmapped(found)
-            self._check_shared(found, reached[0])
-        return found
-
-    def _layouts_of(self, visit: Visit, small: Visit, replaced: Sequence[Visit]) -> tuple[Layout | None, ...]:
-        layouts: list[Layout | None] = []
-        for part in ("inputs", "outputs"):
-            for i, x in enumerate(getattr(visit, part)):
-                try:
-                    others = [getattr(other, part)[i] for other in replaced]
-                    layouts.append(layout_of(getattr(small, part)[i], x, others))
-                except Mixes:
-                    raise self._mixes(visit, part, x) from None
-        told = [layout for layout in layouts[: len(visit.inputs)] if layout is not None]
-        rule = visit.leaf.rule
-        if rule is None:
-            if not any(layout not in (None, ONE) for layout in told):
-                raise Unclear("is called with nothing that runs over the examples")
-            for o, layout in zip(visit.outputs, layouts[len(visit.inputs) :], strict=True):
-                if layout is None and o.requires_grad:
-                    raise Unclear("returns a tensor that depends on parameters but does not run over the examples")
-        elif not told or (layouts[0] is None and isinstance(visit.inputs[0], Tensor)):
-            raise Unclear("is called with an input that does not run over the examples")
-        elif issubclass(rule, Composite):
-            dim = 0 if visit.key == PACKED else rule.example_dim(visit.leaf.module, (visit.inputs[0],), {})
-            if layouts[0] not in (Layout(dim), ONE):
-                raise Unclear(f"expects the examples in dimension {dim} of its input, and gets them elsewhere")
-        elif any(layout.dim for layout in told) and not rule.leading_alike:
-            raise Unclear("is called with the examples elsewhere than in the first dimension")
-        return tuple(layouts)
-
-    def _mixes(self, visit: Visit, part: str, x: Tensor) -> CoverageError:
-        leaf = visit.leaf
-        if part == "outputs" and not x.dim():
-            return CoverageError(
-                f"{leaf.title} returns a tensor of shape () that has no dimension of examples. Return losses and other "
-                f"reductions outside of the attached module"
-            )
-        what = f"what reaches {leaf.title}" if part == "inputs" else f"the output of {leaf.title}"
-        names = ", ".join(f"'{account.name}'" for account in leaf.accounts.values())
-        return CoverageError(
-            f"{what} for one example depends on the other examples of the batch: per-example gradients of {names} do "
-            f"not exist. Keep what mixes examples (normalisation over the batch, a mean over rows) outside of the "
-            f"forward: in the loss, or replaced by something that sees one example"
-        )
+    def _unclear(self, visit: Visit, why: str) -> None:
+        self._move(visit.leaf, visit.callers, why)
 
     def _move(self, leaf: Leaf, callers: Sequence[nn.Module], why: str) -> None:
         """The module that calls the leaf becomes a vmap leaf."""
@@ -281,65 +272,108 @@ class Probe:
                 self._adopt(module, f"parameter '{account.name}' is used by {function} outside of its layer")
                 return
 
+    def _hidden_uses(self, outputs: Sequence[Tensor]) -> None:
+        """Parameters that the outputs depend on although no leaf of theirs was called: a custom autograd.Function took
+        them, which no TorchFunctionMode sees."""
+        served = {account for visit in self.visits for account in visit.leaf.accounts.values()}
+        for parameter in reached(outputs) & self.tracked.keys():
+            if self.tracked[parameter] not in served:
+                self.callers = sorted(self.called, key=lambda module: -len(list(module.modules())))
+                self._functional_use("an autograd.Function", self.tracked[parameter])
+
     # Checks
 
-    def _check_vmapped(self, found: Sequence[tuple[Visit, tuple[Layout | None, ...]]]) -> None:
+    def _check_vmapped(self, findings: Findings, layouts: Mapping[Any, Layouts]) -> None:
         self.handle.probing = self
         try:
-            for visit, layouts in found:
+            for kind, visit in findings.visits.items():
                 if visit.call is not None:
-                    self._compare(visit.leaf, visit.call, layouts)
+                    self._compare(visit.leaf, visit.call, layouts[kind])
         except CoverageError as error:
-            self.handle.probing = None
             leaf = visit.leaf
             raise CoverageError(f"{leaf.title}, {leaf.why}: {error}") from error
         finally:
             self.handle.probing = None
 
+    def _check_whole_batch(self) -> None:
+        """The same with all examples: some couplings need more than a few of them."""
+        count = self.arguments.count or 0
+        if count == 1 or (count <= EXAMPLES and not self.round):
+            return
+        replaced = self.round % count
+        self.digested = count
+        try:
+            still, _ = self.run(range(count))
+            changed, _ = self.run(range(count), (replaced, "another"))
+        except CouldNotRun:  # another example may be too much for it
+            return
+        finally:
+            self.digested = 0
+        for visit, other in zip(still, changed, strict=False):
+            for x, y in zip(visit.inputs, other.inputs, strict=False):
+                if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and visit.leaf is other.leaf:
+                    # Groups of other sizes (of an expert's tokens) are summed up in another order.
+                    slack = torch.finfo(x.dtype).eps ** 0.5 * x.abs().nan_to_num(posinf=0).max()
+                    rows = ((x - y).abs() > slack).nonzero().flatten()
+                    if bool((rows // (len(x) // count) != replaced).any()):
+                        raise mixes(visit, "inputs", x)
+
     def _compare(self, leaf: Leaf, call: fallback.OverExamples, layouts: Sequence[Layout | None]) -> None:
         try:
-            fallback.compare(call, layouts, EXAMPLES, leaf.loops)
+            leaf.random = fallback.compare(call, layouts, EXAMPLES, leaf.loops)
         except fallback.DoesNotVmap as error:
             leaf.loops = True
             leaf.why = f"{leaf.why}; {error}"
-            fallback.compare(call, layouts, EXAMPLES, leaf.loops)
+            leaf.random = fallback.compare(call, layouts, EXAMPLES, leaf.loops)
 
-    def _check_shared(self, found: Sequence[Any], reached: Sequence[Tensor | None]) -> None:
+    def _check_shared(
+        self, findings: Findings, layouts: Mapping[Any, Layouts], reached: Sequence[Tensor | None]
+    ) -> None:
         """What is repeated for every example must reach that example only: nothing that the first example does not."""
-        if not any(ONE in layouts for _, layouts in found):
+        repeated = [leaf for (leaf, _), found in layouts.items() if ONE in found]
+        if not repeated:
             return
-        for visit, layouts in found:
-            visit.leaf.layouts[visit.key] = layouts
+        titles = ", ".join(leaf.title for leaf in dict.fromkeys(repeated))
+        refusal = CoverageError(
+            f"{titles}: called once for all examples, and the result reaches them in a way that does not run along its "
+            f"first dimension. Call it with one row an example, or attach(model, engine='vmap')"
+        )
         runs = []
-        for nudged in (-1, 0):  # -1: repeated, and not changed
-            self.nudged = nudged
+        for self.nudged in (NOT_NUDGED, 0):
             try:
                 runs.append(self.run(range(EXAMPLES)))
+            except CoverageError as error:
+                raise refusal from error
             finally:
                 self.nudged = None
         (still, before), (changed, after) = runs
-        for (visit, layouts), one, other in zip(found, still, changed, strict=True):
-            for layout, x, y in zip(layouts, one.inputs, other.inputs, strict=False):
+        for visit, other in zip(still, changed, strict=True):
+            for layout, x, y in zip(layouts.get((visit.leaf, visit.key), ()), visit.inputs, other.inputs, strict=False):
                 # Not what the call itself repeats.
                 if isinstance(x, Tensor) and layout is not None and x.shape[layout.dim] % EXAMPLES == 0:
-                    try:
-                        order_of(x, layout.dim, [changed_entries(x, y, layout.dim)])
-                    except Mixes:
-                        raise self._mixes(visit, "inputs", x) from None
+                    entry = torch.arange(x.shape[layout.dim])[changed_entries(x, y, layout.dim).cpu()]
+                    owner = entry % EXAMPLES if layout.fastest else entry // (x.shape[layout.dim] // EXAMPLES)
+                    if bool(owner.any()):
+                        raise refusal
         for a, b, own in zip(before, after, reached, strict=True):
             changes = entries(a, b)
             if own is not None and changes is not None and bool((changes & ~own).any()):
-                titles = ", ".join(visit.leaf.title for visit, layouts in found if ONE in layouts)
-                raise CoverageError(
-                    f"{titles}: called once for all examples, and the result reaches them in a way that does not run "
-                    f"along its first dimension. Call it with one row an example, or attach(model, engine='vmap')"
-                )
+                raise refusal
 
 
 def entries(a: Tensor, b: Tensor) -> Tensor | None:
     """Which examples' entries of an output changed; None for what is no batch."""
     batch = a.shape == b.shape and a.dim() > 0 and a.shape[0] == EXAMPLES
     return changed_entries(a, b, 0) if batch else None
+
+
+def digest(x: Any, layout: Layout | None, n: int) -> Tensor | None:
+    """A number a row of x, which tells whether the row has changed."""
+    if not isinstance(x, Tensor) or layout is None or not layout.fits(x, n):
+        return None
+    rows = layout.rows(x.detach(), n).flatten(1) if x.dim() > 1 else x.detach().unsqueeze(1)
+    rows = rows if rows.is_floating_point() else rows.double()
+    return rows @ torch.arange(1, rows.shape[1] + 1, device=x.device).cos().to(rows.dtype)
 
 
 def kept(value: Any) -> Any:

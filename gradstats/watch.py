@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,22 +36,91 @@ class FunctionalUses(TorchFunctionMode):
         return result
 
 
+def reached(outputs: Iterable[Tensor]) -> set[int]:
+    """Ids of the parameters that tensors are differentiable functions of."""
+    found: set[int] = set()
+    seen: set[Node] = set()
+    nodes = [o.grad_fn for o in outputs]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            found.add(id(node.variable))  # type: ignore[attr-defined]
+        nodes.extend(following for following, _ in node.next_functions)
+    return found
+
+
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Random numbers and buffers are afterwards what they were; the random numbers inside are always the same."""
-    kept = [(m, name, buffer) for m in model.modules() for name, buffer in m._buffers.items()]
-    values = {id(buffer): buffer.clone() for _, _, buffer in kept if buffer is not None}
+def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers, buffers and attributes are afterwards what they were; inside, the random numbers are `seed`'s.
+
+    Parameters whose entries are all alike, as those of branches that begin at zero, are noisy inside: zeros would hide
+    where they go.
+    """
     devices = {p.device for p in model.parameters() if p.is_cuda}
-    state = random.getstate()
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(0)
-        random.seed(0)
+    alike = [p.data for p in model.parameters() if p.numel() > 1 and bool((p.data == p.data.flatten()[0]).all())]
+    state, kept = random.getstate(), [State(module) for module in model.modules()]
+    numpy = sys.modules.get("numpy")  # which models may draw from, and we do not need
+    drawn = numpy.random.get_state() if numpy else None
+    values = [p.clone() for p in alike]
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed)
+        for p in alike:
+            p.add_(torch.randn_like(p) * (0.1 + p.abs() * 0.1))
         try:
-            yield
+            with torch.enable_grad():
+                yield
         finally:
             random.setstate(state)
-            with torch.no_grad():
-                for module, name, buffer in kept:
-                    module._buffers[name] = buffer
-                    if buffer is not None and not torch.equal(buffer, values[id(buffer)]):
-                        buffer.copy_(values[id(buffer)])
+            if numpy:
+                numpy.random.set_state(drawn)
+            for p, value in zip(alike, values, strict=True):
+                p.copy_(value)
+            for module in kept:
+                module.restore()
+
+
+class State:
+    """What a module holds beside parameters and children: buffers, and attributes that count or remember."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.attributes = {k: v for k, v in module.__dict__.items() if k not in TORCHS}
+        self.buffers = dict(module._buffers)
+        held = [*self.attributes.values(), *self.buffers.values()]
+        self.tensors = [(v, v.clone()) for v in held if isinstance(v, Tensor)]
+        self.objects = [(vars(v), dict(vars(v))) for v in held if is_record(v)]
+        self.containers = [(v, copy.copy(v)) for v in held if isinstance(v, list | dict | set | deque)]
+        self.generators = [(v, v.get_state()) for v in held if isinstance(v, torch.Generator)]
+
+    def restore(self) -> None:
+        for key in [k for k in self.module.__dict__ if k not in TORCHS and k not in self.attributes]:
+            del self.module.__dict__[key]
+        self.module.__dict__.update(self.attributes)
+        self.module._buffers.clear()
+        self.module._buffers.update(self.buffers)
+        for tensor, value in self.tensors:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+        for container, entries in self.containers:
+            container.clear()
+            container.extend(entries) if isinstance(container, list | deque) else container.update(entries)
+        for record, entries in self.objects:
+            record.clear()
+            record.update(entries)
+        for generator, value in self.generators:
+            generator.set_state(value)
+
+
+def is_record(value: object) -> bool:
+    """An object that holds attributes of its own, such as a configuration or a counter."""
+    held = isinstance(value, nn.Module | Tensor | type | list | dict | set | deque | torch.Generator)
+    return not held and not callable(value) and hasattr(value, "__dict__")
+
+
+TORCHS = frozenset(nn.Module().__dict__) - {"training"}  # attributes that torch.nn itself keeps

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gradstats.errors import GradstatsError, LifetimeError
+from gradstats.errors import GradstatsError
 from gradstats.sums import RawSum, wide
 
 
@@ -72,7 +72,7 @@ class Statistic(ABC):
     def total(self, windows: Sequence[Window]) -> Any:
         """Of the whole gradient, from the windows of all parameters: sums over elements add up.
 
-        Raises: GradstatsError if there is none, or if the parameters count different things or have different scales.
+        Raises: GradstatsError if there is none, or if the parameters count different things.
         """
         if not self.has_total:
             raise GradstatsError(f"{self.name!r} has an entry for every element of a parameter, and no total")
@@ -81,11 +81,6 @@ class Statistic(ABC):
             raise GradstatsError(
                 f"{self.name!r} has no total: the parameters' statistics are over {sorted(sizes)} of what is counted "
                 f"as one. Use granularity='example'"
-            )
-        if len({window.loss_scale for window in windows}) > 1:
-            raise LifetimeError(
-                f"{self.name!r} has no total: the losses behind the parameters' gradients had different scales. Call "
-                f"zero_grad() on all parameters after scaler.update()"
             )
         sums = {}
         for raw in self.needs:

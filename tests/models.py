@@ -13,12 +13,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import peft
 import torch
-import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 
+from tests.networks import ConvNeXtBlock, Encoder, RecurrentLanguageModel, TiedAutoencoder, UNet, resnet, transformer
 from tests.oracle import coupled_loss
 
 LENGTHS = (6, 4, 3)  # positions of every example that are not padding
@@ -235,6 +235,13 @@ HUGGING_FACE: dict[str, Row] = {
         ),
         language,
     ),
+    # Attention owns a bare parameter, so that it becomes a vmap leaf, and appends to the cache that it is given.
+    "gpt-oss": Row(
+        configured(hf.GptOssForCausalLM, **DECODER, num_local_experts=4, experts_implementation="eager"), language
+    ),
+    "llama 4": Row(
+        configured(hf.Llama4ForCausalLM, **DECODER, num_local_experts=4, intermediate_size_mlp=24), language
+    ),
     "opt": Row(configured(hf.OPTForCausalLM, **ENCODER, ffn_dim=24, word_embed_proj_dim=16), language),
     "distilbert": Row(
         configured(
@@ -298,103 +305,14 @@ HUGGING_FACE: dict[str, Row] = {
         configured(hf.BartForConditionalGeneration, **SEQUENCE_TO_SEQUENCE, max_position_embeddings=12), language
     ),
     "lora on gpt2": Row(lora(gpt2, "c_attn", "c_proj", fan_in_fan_out=True), language),
+    # Its autograd.Function takes the parameters out of a ParameterDict that is never called.
+    "loha on llama": Row(
+        lambda: peft.get_peft_model(llama(), peft.LoHaConfig(r=2, target_modules=["q_proj", "v_proj"])), language
+    ),
     "lora on llama": Row(lora(llama, "q_proj", "v_proj"), language),
 }
 
 # torch
-
-
-class Encoder(nn.Module):
-    def __init__(self, batch_first: bool):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-    def forward(self, x, mask):
-        return self.encoder(x, src_key_padding_mask=mask)
-
-
-def transformer(batch_first: bool) -> Callable[[], nn.Module]:
-    return lambda: nn.Transformer(
-        d_model=8,
-        nhead=2,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        dim_feedforward=12,
-        dropout=0.0,
-        batch_first=batch_first,
-    )
-
-
-class Residual(nn.Module):
-    def __init__(self, channels: int, stride: int):
-        super().__init__()
-        wide = channels * stride
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, wide, 3, stride, 1, bias=False),
-            nn.GroupNorm(2, wide),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(wide, wide, 3, 1, 1, bias=False),
-            nn.GroupNorm(2, wide),
-        )
-        self.skip = nn.Conv2d(channels, wide, 1, stride, bias=False) if stride > 1 else nn.Identity()
-
-    def forward(self, x):
-        return F.relu(self.body(x) + self.skip(x), inplace=True)
-
-
-def resnet() -> nn.Module:
-    stem = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1, bias=False), nn.GroupNorm(2, 4), nn.ReLU(inplace=True))
-    blocks = nn.Sequential(Residual(4, 1), Residual(4, 2))
-    return nn.Sequential(stem, blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-
-
-class ConvNeXtBlock(nn.Module):
-    """As in torchvision: channels last inside, LayerScale as a bare parameter (C, 1, 1)."""
-
-    def __init__(self, channels: int = 4):
-        super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.expand, self.contract = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
-        self.layer_scale = nn.Parameter(torch.full((channels, 1, 1), 1e-6))
-
-    def forward(self, x):
-        h = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        return x + self.layer_scale * self.contract(F.gelu(self.expand(h))).permute(0, 3, 1, 2)
-
-
-class UNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.down = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.SiLU())
-        self.bottom = nn.Sequential(nn.Conv2d(4, 8, 3, 2, 1), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1))
-        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
-        self.out = nn.Conv2d(8, 2, 1)
-
-    def forward(self, x):
-        skip = self.down(x)
-        return self.out(torch.cat([skip, self.up(self.bottom(skip))], 1))
-
-
-class RecurrentLanguageModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 8)
-        self.lstm = nn.LSTM(8, 6, num_layers=2, batch_first=True)
-        self.head = nn.Linear(6, VOCABULARY)
-
-    def forward(self, input_ids):
-        return self.head(self.lstm(self.embedding(input_ids))[0])
-
-
-class TiedAutoencoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(6, 4)
-
-    def forward(self, x):
-        return F.linear(self.layer(x).tanh(), self.layer.weight.t())
 
 
 def vectors(*shape: int, **more: Callable[[], Tensor]) -> Callable[[], dict[str, Tensor]]:
@@ -432,7 +350,9 @@ TORCH: dict[str, Row] = {
     "resnet": Row(resnet, images_alone(8), cut=()),
     "convnext block": Row(ConvNeXtBlock, images_alone(8, 4, "x"), cut=()),
     "unet": Row(UNet, images_alone(8, name="x"), cut=()),
-    "recurrent language model": Row(RecurrentLanguageModel, lambda: {"input_ids": ids(B, T)}, cut=()),
+    "recurrent language model": Row(
+        lambda: RecurrentLanguageModel(VOCABULARY), lambda: {"input_ids": ids(B, T)}, cut=()
+    ),
     "tied autoencoder": Row(TiedAutoencoder, vectors(B, 6), cut=()),
 }
 

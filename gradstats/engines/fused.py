@@ -48,7 +48,8 @@ class FusedHandle(Handle):
         self.leaves: list[Leaf] = []
         self.accounts: dict[str, Account] = {}  # by full name of the parameter
         self.callers: list[nn.Module] = []
-        self.probed: set[Any] = set()  # signatures of calls
+        self.calls: dict[Any, int] = {}  # of every kind
+        self.due: dict[Any, int] = {}  # which of them is probed next
         self.probe_cost = (0, 0, 0.0)  # probes, forwards of a few examples, seconds
         self.batch_norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self.ignored = self._ignored(ignore)
@@ -113,15 +114,21 @@ class FusedHandle(Handle):
         self.lifetime.enter(module, count)
 
     def _probe_once(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Probes the first call of its kind, and with less effort the second, fourth, eighth, ...: some couplings begin
+        late."""
         kind = (module, module.training, signature(args, kwargs))
-        if kind in self.probed:
-            return
+        calls = self.calls[kind] = self.calls.get(kind, 0) + 1
+        if calls >= self.due.get(kind, 1):
+            self._probe(kind, args, kwargs)
+
+    def _probe(self, kind: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = Arguments(args, kwargs, self.example_dims)
         if arguments.count is None:
             return
-        probe = Probe(self, module, arguments)
+        calls = self.due.get(kind, 1)
+        probe = Probe(self, kind[0], arguments, calls - 1)
         probe.establish()
-        self.probed.add(kind)
+        self.due[kind] = 2 * calls
         probes, forwards, seconds = self.probe_cost
         self.probe_cost = probes + 1, forwards + probe.forwards, seconds + probe.seconds
 
@@ -129,18 +136,18 @@ class FusedHandle(Handle):
         """Runs the probe on the arguments of one call of the model, ahead of the first step: before torch.compile, or
         on all ranks before training starts."""
         with torch.enable_grad():
-            self._probe_once(self.model, args, kwargs)
+            self._probe((self.model, self.model.training, signature(args, kwargs)), args, kwargs)
 
     # Leaves
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_names", "probing", "lifetime", "probed")
+        left = ("_names", "probing", "lifetime", "calls", "due")
         return {key: value for key, value in self.__dict__.items() if key not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has seen nothing yet, and registers its own parameters when it is used."""
         self.__dict__.update(state)
-        self.probed = set()
+        self.calls, self.due = {}, {}
         self._begin()
 
     def _walk(self, module: nn.Module, prefix: str, visited: set[int]) -> None:

@@ -18,16 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
-from torch.autograd.variable import Variable
-from torch.utils._pytree import tree_leaves
 
-from gradstats.arguments import ExampleDims, count_examples
+from gradstats.arguments import ExampleDims
 from gradstats.contribution import Dense
+from gradstats.engines.passes import Pass, Passes
 from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
 from gradstats.function import no_autocast
 from gradstats.handle import ByParameter, Handle, Wanted, handle_of, table
-from gradstats.lifetime import in_backward
 from gradstats.loss_scale import state_of
 from gradstats.statistics import SecondMoment, SimpleNoiseScale, Variance
 from gradstats.sums import GRADIENT, SQUARED_NORMS, SUMS, wide
@@ -35,25 +32,6 @@ from gradstats.window import Statistic
 
 # Statistics of single examples that micro-batches estimate without bias.
 ESTIMATED = (SecondMoment, Variance, SimpleNoiseScale)
-
-
-@dataclass(eq=False)
-class Forward:
-    """A call of the model with gradients."""
-
-    generation: int  # calls between the same two backward passes share it
-    examples: int
-
-
-@dataclass
-class Pass:
-    """A backward pass under way, nested ones included: what it goes through, and what arrives where."""
-
-    tasks: set[int] = field(default_factory=set)  # graph tasks that have not ended
-    forwards: list[Forward] = field(default_factory=list)
-    arrived: dict[str, Tensor] = field(default_factory=dict)
-    began: set[str] = field(default_factory=set)  # of these, with a gradient that was None or zeroed
-    changed: set[str] = field(default_factory=set)  # of these, with a gradient that was changed since the last pass
 
 
 @dataclass
@@ -98,26 +76,18 @@ class MicrobatchHandle(Handle):
         super().__init__(model, statistics, loss_reduction, granularity, microbatch_size)
         if granularity == "token":
             raise GradstatsError("engine 'microbatch' has no positions: use engine='fused'")
-        self._declared_size, self.example_dims = microbatch_size, example_dims
         for statistic in self.statistics.values():
             self._check(statistic)
         if any(handle_of(p) is not None for p in model.parameters()):
             raise GradstatsError("the model is attached already: use gradstats.attached(model), or detach() it first")
         self._ignored = self._named(ignore)
-        self._find_parameters()
-        for name, p in self._parameters.items():
-            if p.is_complex():
-                raise CoverageError(f"parameter '{name}' is complex: squares are of real gradients. Use ignore=[...]")
-            self.register(p, name)
-        if not any(p.requires_grad for p in self._parameters.values()):
+        if not any(p.requires_grad for name, p in model.named_parameters() if name not in self._ignored):
             raise CoverageError(f"{type(model).__name__} has no trainable parameters")
-        self._hook = model.register_forward_hook(self._forward, with_kwargs=True)
-        self._accumulators: dict[str, tuple[Any, Any]] = {}  # by parameter, the node that adds to p.grad, and its hook
-        self._generation = self._passes = 0
-        self._pass: Pass | None = None
-        self._used: set[int] = set()  # generations of the forwards backpropagated in this window
-        self._sizes: dict[int, int] = {}  # examples of every pass of this window
+        self._declared_size = microbatch_size
+        self._count = 0  # backward passes so far
+        self._sizes: dict[int, int] = {}  # examples of each of them in this window
         self._sums: dict[str, Sums] = {}
+        self._passes = Passes(self, self._ignored, example_dims)
 
     def _check(self, statistic: Statistic) -> None:
         """Raises: GradstatsError for what micro-batches cannot tell."""
@@ -141,145 +111,48 @@ class MicrobatchHandle(Handle):
                 raise GradstatsError(f"ignore: no parameter or module is called '{entry}'")
         return {name for names in found.values() for name in names}
 
-    def _find_parameters(self) -> None:
-        self._parameters = {n: p for n, p in self.model.named_parameters() if n not in self._ignored}
-
-    # Forward
-
-    @torch.compiler.disable
-    def _forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Marks what the model returns, so that a backward pass knows which forward it goes through."""
-        if not torch.is_grad_enabled():
-            return
-        if in_backward():
-            self._watch()
-        elif self._pass is not None:  # cut short by an exception
-            self._pass = None
-        self._follow()
-        forward = Forward(self._generation, count_examples(args, kwargs, self.example_dims))
-        marked = [o for o in tree_leaves(output) if isinstance(o, Tensor) and o.requires_grad and not o.is_leaf]
-        for o in marked:
-            o.register_hook(lambda gradient: self._reaches(forward))
-        if not marked:
-            raise CoverageError(
-                f"{type(model).__name__} returns no tensor that depends on its parameters, alone or in a tuple, list or "
-                f"dict: a backward pass could not be told from another's. Call it under torch.no_grad(), or attach the "
-                f"module that returns tensors"
-            )
-
-    def _follow(self) -> None:
-        """Hooks the nodes that accumulate gradients; parameters may have been moved or replaced since."""
-        self._find_parameters()
-        for name, p in self._parameters.items():
-            if not (p.requires_grad and p.is_leaf):
-                continue
-            node = get_gradient_edge(p).node
-            known, hook = self._accumulators.get(name, (None, None))
-            if node is not known:
-                if hook is not None:
-                    hook.remove()
-                self._accumulators[name] = node, node.register_prehook(lambda d, name=name: self._arrives(name, *d))
-                self.register(p, name)
-
-    def new_examples(self) -> None:
-        self._generation += 1
-
     # Backward
 
-    def _watch(self) -> Pass:
-        """The backward pass under way. It ends with the last of its graph tasks: reentrant checkpointing nests them."""
-        if self._pass is None:
-            self._pass = Pass()
-        current, task = self._pass, torch._C._current_graph_task_id()
-        if task not in current.tasks:
-            current.tasks.add(task)
-            Variable._execution_engine.queue_callback(lambda: self._end(current, task))
-        return current
-
-    def _reaches(self, forward: Forward) -> None:
-        forwards = self._watch().forwards
-        if forward not in forwards:
-            forwards.append(forward)
-
-    def _arrives(self, name: str, gradient: Tensor | None) -> None:
-        """Before `gradient` is accumulated, which torch.autograd.grad never does."""
-        if gradient is None:
-            return
-        current = self._watch()
-        if name in current.arrived:
-            current.arrived[name] = current.arrived[name] + gradient
-            return
-        current.arrived[name] = gradient
-        if self._fresh(name):
-            current.began.add(name)
-        elif name not in self._sums or not self.untouched(name):
-            current.changed.add(name)
-
-    def _fresh(self, name: str) -> bool:
+    def fresh(self, name: str) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-        grad = self._parameters[name].grad
+        grad = self.parameters()[name].grad
         return grad is None or (not self.untouched(name) and not bool(grad.any()))
 
-    def _end(self, current: Pass, task: int) -> None:
-        current.tasks.discard(task)
-        if current.tasks or self._pass is not current:
-            return
-        self._pass = None
-        self._generation += 1
-        if current.arrived:
-            self._commit(current)
-
     @torch.no_grad()
-    def _commit(self, current: Pass) -> None:
-        trainable = [name for name, p in self._parameters.items() if p.requires_grad]
-        if all(name in current.began or (name not in current.arrived and self._fresh(name)) for name in trainable):
+    def commit(self, ended: Pass) -> None:
+        """Adds a backward pass. Raises: LifetimeError, and forgets all, if its examples cannot be told."""
+        trainable = [name for name, p in self.parameters().items() if p.requires_grad]
+        if all(name in ended.began if name in ended.arrived else self.fresh(name) for name in trainable):
             self.zero()
         try:
-            examples = self._examples(current.forwards)
+            examples = self._passes.examples(ended.forwards)
         except LifetimeError:
             self.zero()
             raise
-        self._passes += 1
-        self._sizes[self._passes] = examples
+        self._count += 1
+        self._sizes[self._count] = examples
         if self.granularity == "example":
             self.microbatch_size = examples
-        for name, gradient in current.arrived.items():
-            if name in current.began or name not in self._sums:
-                self._sums[name] = Sums(self._passes)
+        for name, gradient in ended.arrived.items():
+            if name in ended.began or name not in self._sums:
+                self._sums[name] = Sums(self._count)
             sums = self._sums[name]
-            sums.unseen |= name in current.changed
+            sums.unseen |= name in ended.changed
             contribution = Dense(gradient.to_dense().unsqueeze(0))
             contribution.parameter = name
             with no_autocast(gradient.device.type):
                 c, found = contribution.sums(self.needs)
-            sums.add(self._passes, found | {GRADIENT.key: wide(c)} if self.granularity == "example" else found)
-            grad = self._parameters[name].grad
+            sums.add(self._count, found | {GRADIENT.key: wide(c)} if self.granularity == "example" else found)
+            grad = self.parameters()[name].grad
             sums.left = None if grad is None else state_of(grad)
 
-    def _examples(self, forwards: Sequence[Forward]) -> int:
-        """How many examples a backward pass was over. Raises: LifetimeError if that cannot be told."""
-        title = type(self.model).__name__
-        if not forwards:
-            raise LifetimeError(
-                f"a backward pass reached the parameters without going through what {title} returned, so the number of "
-                f"its examples is unknown. Call {title} itself, or attach the module that is called, and apply "
-                f"penalties in the optimizer"
-            )
-        for forward in forwards:
-            if forward.generation in self._used:
-                raise LifetimeError(
-                    f"{title} was called twice before one backward pass, or one call of it was backpropagated twice: "
-                    f"one micro-batch is one forward and one backward. If the calls saw different examples, say so "
-                    f"with stats.new_examples() between them; if they saw the same ones, make them from the forward of "
-                    f"one module, and attach that module"
-                )
-            self._used.add(forward.generation)
-        return sum(forward.examples for forward in forwards)
+    def new_examples(self) -> None:
+        self._passes.new_examples()
 
     # Reading
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return self._parameters
+        return self._passes.parameters
 
     def read(self, statistic: Wanted) -> ByParameter:
         entries = super().read(statistic)
@@ -287,7 +160,7 @@ class MicrobatchHandle(Handle):
         return entries
 
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
-        if self._pass is not None:
+        if self._passes.current is not None:
             raise LifetimeError(
                 "a backward pass is under way, or was cut short by an exception: read statistics after it, or call "
                 "zero_grad() and backpropagate again"
@@ -333,7 +206,7 @@ class MicrobatchHandle(Handle):
         return found[0]
 
     def untouched(self, name: str) -> bool:
-        grad, own = self._parameters[name].grad, self._sums.get(name)
+        grad, own = self.parameters()[name].grad, self._sums.get(name)
         return grad is not None and own is not None and own.left == state_of(grad)
 
     def has(self, name: str) -> bool:
@@ -344,21 +217,19 @@ class MicrobatchHandle(Handle):
         return sum(self._sizes.values())
 
     def coverage(self) -> str:
-        rows = [(name, p, None, "micro-batches", "") for name, p in self._parameters.items()]
+        rows = [(name, p, None, "micro-batches", "") for name, p in self.parameters().items()]
         named = dict(self.model.named_parameters())
         rows += [(name, named[name], None, "ignored", "named in ignore") for name in sorted(self._ignored)]
         return table(rows)
 
     def zero(self) -> None:
-        self._used.clear()
+        self._passes.forget()
         self._sizes.clear()
         self._sums.clear()
 
     def detach(self) -> None:
         super().detach()
-        self._hook.remove()
-        for _, hook in self._accumulators.values():
-            hook.remove()
+        self._passes.close()
 
     def __getstate__(self) -> dict[str, Any]:
         raise GradstatsError("a model attached with engine='microbatch' cannot be copied: detach() it first")

@@ -134,13 +134,14 @@ def test_as_many_positions_as_examples(name):
         check(model, handle, batch, c)
 
 
+@pytest.mark.parametrize("entry", [0, 7])
 @pytest.mark.parametrize("name", ["gpt2", "bert", "opt"])
-def test_first_batch_without_variety(name):
-    """Zeros, as people probe with: replacing an example must change something nevertheless."""
+def test_probing_with_equal_examples(name, entry):
+    """Zeros, as people probe with: they tell little, and must not tell anything wrong."""
     batch, model = language(), build(MODELS[name]).double()
     c = oracle.contributions(model, batch_loss, batch, None, ("logits",))
     with attach(model, *ALL) as handle:
-        handle.probe(**{key: torch.zeros_like(x) if key == "input_ids" else x for key, x in batch.items()})
+        handle.probe(**{key: torch.full_like(x, 1 if key == "attention_mask" else entry) for key, x in batch.items()})
         check(model, handle, batch, c)
 
 
