@@ -145,7 +145,8 @@ def ruled(leaf: Leaf, rule: type[Rule], module: nn.Module, kind: type[nn.Module]
     first = leaf.handle.lifetime.first
     n = inputs[0].shape[0] if first is None else first.shape[0]  # None: only a part of the model is compiled
     rows = [i if layout is FIRST else brought(i, layout, n) for i, layout in zip(inputs, layouts, strict=True)]
-    if rows[0].shape[0] != n:  # positions flattened into the examples
+    known = [(i, layout) for i, layout in zip(rows, layouts, strict=True) if layout is not None]
+    if any(layout.folded or i.shape[0] != n for i, layout in known):  # positions among the examples, or a wrong size
         return leaf.compiling(kind, args, kwargs)
     own, kinds = module._parameters, leaf.handle.needs
     used = tuple(name for name, p in own.items() if p is not None and p.requires_grad and name in leaf.accounts)

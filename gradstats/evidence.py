@@ -55,15 +55,21 @@ def orders_of(x: Tensor, dim: int, changed: Tensor, example: int) -> frozenset[L
     entry = torch.arange(x.shape[dim], device=x.device)[changed]
     fold = x.shape[dim] // EXAMPLES
     if fold == 1:
-        if not bool((entry == example).all()):
-            raise Mixes
-        return frozenset([FIRST if dim == 0 else Layout(dim)])
-    slowest, fastest = Layout(dim, folded=True), Layout(dim, folded=True, fastest=True)
-    owners = {slowest: entry // fold, fastest: entry % EXAMPLES}
-    found: set[Layout | None] = {layout for layout, owner in owners.items() if bool((owner == example).all())}
-    if not found:  # mixed, or in an order of another kind
-        raise Unclear("is called with examples and positions in one dimension, in an order that is not known")
+        layouts = {FIRST if dim == 0 else Layout(dim): entry}
+    else:
+        layouts = {Layout(dim, folded=True): entry // fold, Layout(dim, folded=True, fastest=True): entry % EXAMPLES}
+    found: set[Layout | None] = {layout for layout, owner in layouts.items() if bool((owner == example).all())}
+    if not found:
+        raise misplaced(entry, fold)
     return frozenset(found)
+
+
+def misplaced(entry: Tensor, fold: int) -> Exception:
+    """What it means that other entries changed than are the example's own: more than it has is coupling, as many or
+    fewer can be its own in another order, such as that of a gather."""
+    if entry.numel() > fold:
+        return Mixes()
+    return Unclear("is called with rows gathered by what is in them, or in an order that is not known")
 
 
 def met(one: frozenset[Layout | None], other: frozenset[Layout | None]) -> frozenset[Layout | None]:

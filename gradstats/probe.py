@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from gradstats.arguments import Arguments
 from gradstats.errors import CoverageError, GradstatsError
-from gradstats.evidence import EXAMPLES, changed_entries, nudge
+from gradstats.evidence import EXAMPLES, Mixes, changed_entries, misplaced, nudge
 from gradstats.findings import PACKED, Findings, Visit, mixes
 from gradstats.layout import ONE, Layout
 from gradstats.rules import Composite, fallback
@@ -60,29 +60,37 @@ class Probe:
         """Finds the layouts of all leaves; in later rounds, confirms them. Raises: CoverageError if the forward mixes
         examples, or hides them; what the model itself raises."""
         begun = time.perf_counter()
-        if self.round == 0:
-            try:
-                self._establish()
-            except CouldNotRun:
-                self._run_plainly()
-                raise
-        self._check_whole_batch()
-        self.seconds = time.perf_counter() - begun
-
-    def _establish(self) -> None:
-        self._settle_arguments()
+        known = self.round > 0
         while True:
-            findings, reached = self._look()
-            layouts = findings.layouts()
+            if not known:
+                try:
+                    self._settle_arguments()
+                    self._look_closely()
+                except CouldNotRun:
+                    self._run_plainly()
+                    raise
+            if not self.moves:
+                self._check_whole_batch()
             if not self.moves:
                 break
-            for module, why in self.moves.items():
-                if not any(module in set(other.modules()) for other in self.moves if other is not module):
-                    self.handle.move_up(module, why)
-            self.moves = {}
-        self._check_vmapped(findings, layouts)
+            self._move_up()
+            known = False
+        self.seconds = time.perf_counter() - begun
+
+    def _move_up(self) -> None:
+        for module, why in self.moves.items():
+            if not any(module in set(other.modules()) for other in self.moves if other is not module):
+                self.handle.move_up(module, why)
+        self.moves = {}
+
+    def _look_closely(self) -> None:
+        findings, reached = self._look()
+        layouts = findings.layouts()
+        if self.moves:
+            return
         for (leaf, key), found in layouts.items():
             leaf.layouts[key] = found
+        self._check_vmapped(findings)
         self._check_shared(findings, layouts, reached)
         for account in self.handle.accounts.values():
             uses = sum(count for leaf, count in findings.uses.items() if account in leaf.accounts.values())
@@ -254,8 +262,8 @@ class Probe:
         names = ", ".join(f"'{account.name}'" for account in leaf.accounts.values())
         if not above:
             raise CoverageError(
-                f"{leaf.title}, which owns {names}, {why}, and there is no module around it that could run under vmap "
-                f"instead. Attach a module whose forward takes the whole batch, or ignore=[...] these parameters"
+                f"{leaf.title}, which owns {names}, {why}: what it does for one example depends on the other examples, or "
+                f"cannot be told from that, and there is no module around it that could run under vmap instead. Attach a module whose forward takes the whole batch, or ignore=[...] these parameters"
             )
         self._adopt(above[-1], f"'{leaf.prefix}' {why}")
 
@@ -283,17 +291,10 @@ class Probe:
 
     # Checks
 
-    def _check_vmapped(self, findings: Findings, layouts: Mapping[Any, Layouts]) -> None:
-        self.handle.probing = self
-        try:
-            for kind, visit in findings.visits.items():
-                if visit.call is not None:
-                    self._compare(visit.leaf, visit.call, layouts[kind])
-        except CoverageError as error:
-            leaf = visit.leaf
-            raise CoverageError(f"{leaf.title}, {leaf.why}: {error}") from error
-        finally:
-            self.handle.probing = None
+    def _check_vmapped(self, findings: Findings) -> None:
+        for visit in findings.visits.values():
+            if visit.call is not None:
+                self._compare(visit.leaf, visit.call, EXAMPLES)
 
     def _check_whole_batch(self) -> None:
         """The same with all examples: some couplings need more than a few of them."""
@@ -310,21 +311,33 @@ class Probe:
         finally:
             self.digested = 0
         for visit, other in zip(still, changed, strict=False):
+            if visit.call is not None and visit.key in visit.leaf.layouts:
+                self._compare(visit.leaf, visit.call, count, gradient=False)
             for x, y in zip(visit.inputs, other.inputs, strict=False):
                 if isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and visit.leaf is other.leaf:
                     # Groups of other sizes (of an expert's tokens) are summed up in another order.
                     slack = torch.finfo(x.dtype).eps ** 0.5 * x.abs().nan_to_num(posinf=0).max()
-                    rows = ((x - y).abs() > slack).nonzero().flatten()
-                    if bool((rows // (len(x) // count) != replaced).any()):
-                        raise mixes(visit, "inputs", x)
+                    rows, fold = ((x - y).abs() > slack).nonzero().flatten(), len(x) // count
+                    if bool((rows // fold != replaced).any()):
+                        reason = misplaced(rows, fold)
+                        if isinstance(reason, Mixes):
+                            raise mixes(visit, "inputs", x)
+                        self._move(visit.leaf, visit.callers, str(reason))
 
-    def _compare(self, leaf: Leaf, call: fallback.OverExamples, layouts: Sequence[Layout | None]) -> None:
+    def _compare(self, leaf: Leaf, call: fallback.OverExamples, n: int, gradient: bool = True) -> None:
+        """A vmap leaf does what its module does, under vmap or, where that fails, in a loop."""
+        self.handle.probing = self
+        layouts = leaf.layouts[call.key]
         try:
-            leaf.random = fallback.compare(call, layouts, EXAMPLES, leaf.loops)
-        except fallback.DoesNotVmap as error:
-            leaf.loops = True
-            leaf.why = f"{leaf.why}; {error}"
-            leaf.random = fallback.compare(call, layouts, EXAMPLES, leaf.loops)
+            try:
+                leaf.random = fallback.compare(call, layouts, n, leaf.loops, gradient)
+            except fallback.DoesNotVmap as error:
+                leaf.loops, leaf.why = True, f"{leaf.why}; {error}"
+                leaf.random = fallback.compare(call, layouts, n, leaf.loops, gradient)
+        except CoverageError as error:
+            raise CoverageError(f"{leaf.title}, {leaf.why}: {error}") from error
+        finally:
+            self.handle.probing = None
 
     def _check_shared(
         self, findings: Findings, layouts: Mapping[Any, Layouts], reached: Sequence[Tensor | None]

@@ -93,7 +93,9 @@ class State:
         self.attributes = {k: v for k, v in module.__dict__.items() if k not in TORCHS}
         self.buffers = dict(module._buffers)
         held = [*self.attributes.values(), *self.buffers.values()]
-        self.tensors = [(v, v.clone()) for v in held if isinstance(v, Tensor)]
+        # Not what escaped from torch.func.vmap, which cannot be read any more.
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        self.tensors = [(v, v.clone()) for v in held if isinstance(v, Tensor) and not wrapped(v)]
         self.objects = [(vars(v), dict(vars(v))) for v in held if is_record(v)]
         self.containers = [(v, copy.copy(v)) for v in held if isinstance(v, list | dict | set | deque)]
         self.generators = [(v, v.get_state()) for v in held if isinstance(v, torch.Generator)]

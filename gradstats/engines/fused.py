@@ -123,7 +123,8 @@ class FusedHandle(Handle):
 
     def _probe(self, kind: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         arguments = Arguments(args, kwargs, self.example_dims)
-        if arguments.count is None:
+        ours = all(isinstance(p, nn.Parameter) for p in self.parameters().values())  # not under functional_call
+        if arguments.count is None or not ours:
             return
         calls = self.due.get(kind, 1)
         probe = Probe(self, kind[0], arguments, calls - 1)

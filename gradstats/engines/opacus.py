@@ -16,7 +16,7 @@ from gradstats.arguments import ExampleDims
 from gradstats.contribution import Contribution, Dense
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.handle import Handle, handle_of, table
-from gradstats.rules.registry import refuse_coupling
+from gradstats.rules.registry import checked, refuse_coupling
 
 
 class OpacusHandle(Handle):
@@ -41,8 +41,13 @@ class OpacusHandle(Handle):
             from opacus.grad_sample.grad_sample_module import GradSampleHooks
         except ImportError as error:
             raise GradstatsError("engine 'opacus' needs Opacus: pip install 'gradstats[opacus]'") from error
-        for module in model.modules():
-            refuse_coupling(module)
+        for name, module in model.named_modules():
+            checked(name, refuse_coupling, module)
+            if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+                raise CoverageError(
+                    f"module '{name}' ({type(module).__name__}): Opacus has no per-example gradients of it. Use "
+                    f"engine='fused'"
+                )
         if any(handle_of(p) is not None for p in model.parameters()):
             raise GradstatsError("the model is attached already: use gradstats.attached(model), or detach() it first")
         try:
@@ -75,17 +80,30 @@ class OpacusHandle(Handle):
         return dict(self.model.named_parameters())
 
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
-        p = self.parameters()[name]
-        samples = getattr(p, "grad_sample", None)
-        if samples is None:
+        parts = self._parts(name)
+        if parts is None:
             raise MissingStatistic(f"parameter '{name}' has no statistics: call loss.backward() first")
-        # Entries older than the gradient are of windows that zero_grad() has ended; Opacus never clears them.
-        parts = (samples if isinstance(samples, list) else [samples])[-self._passes[name] :]
-        p.grad_sample = parts  # type: ignore[attr-defined]
         contribution: Contribution = Dense(torch.cat(parts))
+        if contribution.count != self.batch_size:
+            raise CoverageError(
+                f"Opacus gives parameter '{name}' {contribution.shape} gradients of {contribution.count} examples, "
+                f"where the batch has {self.batch_size}: its input is shared by all, or some skip it. Use "
+                f"engine='fused'"
+            )
         contribution.parameter = name
         contribution = contribution.regroup(self.granularity, self.microbatch_size)
         return contribution.sums(needs)[1], contribution.count
+
+    def _parts(self, name: str) -> list[Tensor] | None:
+        """Gradients (n, *shape) by backward pass. Entries older than the gradient are of windows that zero_grad() has
+        ended; Opacus never clears them."""
+        p = self.parameters()[name]
+        samples = getattr(p, "grad_sample", None)
+        if samples is None:
+            return None
+        parts = (samples if isinstance(samples, list) else [samples])[-self._passes[name] :]
+        p.grad_sample = parts  # type: ignore[attr-defined]
+        return parts
 
     def untouched(self, name: str) -> bool:
         grad = self.parameters()[name].grad
@@ -96,7 +114,8 @@ class OpacusHandle(Handle):
 
     @property
     def batch_size(self) -> int:
-        return max((self.sums(name, ())[1] for name in self._passes), default=0)
+        found = (self._parts(name) for name in self._passes)
+        return max((sum(map(len, parts)) for parts in found if parts is not None), default=0)
 
     def coverage(self) -> str:
         return table((name, p, None, "Opacus", "") for name, p in self.parameters().items())

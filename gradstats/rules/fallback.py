@@ -230,7 +230,9 @@ def run(
     return call.rebuild(results, layouts)
 
 
-def compare(call: OverExamples, layouts: Sequence[Layout | None], n: int, loops: bool = False) -> bool:
+def compare(
+    call: OverExamples, layouts: Sequence[Layout | None], n: int, loops: bool = False, gradient: bool = True
+) -> bool:
     """Refuses a module whose output for an example, or its gradient, changes when it sees the example alone.
 
     What mixes rows, divides by the size of the batch, or shares an argument that happens to have as many rows as the
@@ -268,7 +270,7 @@ def compare(call: OverExamples, layouts: Sequence[Layout | None], n: int, loops:
                 found = alone()
             if not close(whole, found):
                 raise differs(module, "its output")
-            if not close(*gradients(whole, found, leaves), together=True):
+            if gradient and not close(*gradients(whole, found, leaves), together=True):
                 raise differs(module, "the gradient of its output")
     finally:
         for child, mode in training.items():
@@ -314,7 +316,9 @@ def close(whole: list[Tensor], found: list[Tensor], together: bool = False) -> b
     largest = max((float(a.abs().max()) for a in whole if a.numel()), default=0.0) if together else 0.0
     for a, b in zip(whole, found, strict=True):
         # Far above the rounding of another order of summation, far below any coupling of consequence.
-        tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(a.dtype, 1e-2)
+        tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(a.dtype, 5e-2)
+        if torch.is_autocast_enabled(a.device.type):
+            tolerance = 5e-2
         if not a.is_floating_point():
             a, b = a.double(), b.double()
         if a.shape[:1] == (1,) and a.shape[1:] == b.shape[1:]:

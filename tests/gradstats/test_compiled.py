@@ -299,14 +299,13 @@ USES = {
 def test_uses(use):
     pair = twins()
     for copies in zip(*map(use, pair), strict=True):
-        both = [
+        used = [
             it if own is None else it._replace(model=own[0], stats=own[1]) for it, own in zip(pair, copies, strict=True)
         ]
-        assert worst(*both) <= USES[use]
-    for (name, found), expected in zip(
-        pair[0].model.state_dict().items(), pair[1].model.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(found, expected, msg=name)
+        assert worst(*used) <= USES[use]
+    found, expected = (it.model.state_dict() for it in pair)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
 
 
 def siamese(it):
@@ -417,14 +416,20 @@ def test_every_statistic():
     assert worst(*pair) <= EXACT
 
 
-def test_detached_and_compiled_again():
-    found, _ = twins()
+def test_detached_compiled_and_attached_again():
+    found, expected = twins()
     loss_of(found).backward()
     found.stats.detach()
-    call = torch.compile(found.model, fullgraph=True, backend="aot_eager")
-    x, y = batch(found)
-    torch.testing.assert_close(call(x), found.model(x))
-    assert not any("gradstats" in type(t).__name__ for t in found.model.modules())
+    found = found._replace(call=torch.compile(found.model, fullgraph=True, backend="aot_eager"))
+    loss_of(found, 4).backward()
+    assert found.stats.batch_size == B
+    found = found._replace(stats=attach(found.model, *ALL))
+    found.stats.probe(batch(found)[0])
+    for it in (found, expected):
+        it.draws.manual_seed(0)
+        it.model.zero_grad()
+        loss_of(it).backward()
+    assert worst(found, expected) <= EXACT
 
 
 # What cannot be in a graph: refused under fullgraph, and exact outside of the graph without
@@ -477,6 +482,18 @@ def test_outside_of_the_graph(name):
     assert worst(*pair) <= EXACT
 
 
+def test_not_probed_without_fullgraph():
+    """The first call is probed as an eager one is, and later ones are compiled."""
+    model = network()
+    found, expected = attached(copy.deepcopy(model)), attached(model)
+    found = found._replace(call=torch.compile(found.model, backend="aot_eager"))
+    for n in (4, 7):
+        for it in (found, expected):
+            it.model.zero_grad()
+            loss_of(it, n).backward()
+        assert worst(found, expected) <= EXACT
+
+
 def probed(it, x):
     it.stats.probe(x)
 
@@ -487,7 +504,6 @@ def not_probed(it, x):
 
 def replaced(it, x):
     it.stats.probe(x)
-    it.model[2] = it.model[2]
     it.model[2].weight = nn.Parameter(torch.ones(2, 4).double())
 
 

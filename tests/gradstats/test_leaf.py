@@ -171,20 +171,3 @@ def test_user_hooks_run_once_after_the_probe():
         x = model[0](torch.randn(2, 4, 3))
         model[1](x, x, x)
     assert calls == ["linear", "attention"]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler, about its own future
-def test_compiled_models():
-    model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.LayerNorm(7), nn.Linear(7, 3))
-    compiled = torch.compile(copy.deepcopy(model))
-    stats, compiled_stats = attach(model), attach(compiled._orig_mod)
-    for b in (6, 6, 8, 3):
-        x, y = torch.randn(b, 5), torch.randint(0, 3, (b,))
-        for m in (model, compiled):
-            F.cross_entropy(m(x), y).backward()
-        assert stats.batch_size == compiled_stats.batch_size == b
-        for name in stats.second_moment:
-            torch.testing.assert_close(stats.second_moment[name], compiled_stats.second_moment[name])
-        model.zero_grad()
-        compiled.zero_grad()

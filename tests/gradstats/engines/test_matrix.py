@@ -130,17 +130,12 @@ REFUSED = {
         for statistic in ("gram", "cosine_similarity")
     },
 }
-AWAITING = {("opacus", "tied gpt"), ("opacus", "lstm")}
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", MODELS)
-def test_matrix(name, engine, statistic, request):
-    if (engine, name) in AWAITING:
-        request.applymarker(
-            pytest.mark.xfail(strict=True, reason="engine 'opacus' does not refuse what Opacus cannot do")
-        )
+def test_matrix(name, engine, statistic):
     options, size = ENGINES[engine]
     model, x, y = problem(name)
     contributions = oracle.contributions(model, F.cross_entropy, x, y)
