@@ -42,7 +42,9 @@ def layouts_of(small: Any, x: Any, other: Any, example: int) -> frozenset[Layout
     differ = [k for k, (a, b) in enumerate(zip(small.shape, x.shape, strict=True)) if a != b]
     if not differ:
         if changed_entries(x, other, None).any():
-            raise Mixes
+            if not x.dim():
+                raise Mixes
+            raise Unclear("is called with something that does not run over the examples, and yet changes with them")
         return frozenset([ONE]) if x.dim() and x.shape[0] == 1 else SHARED
     dim = differ[0]
     if len(differ) > 1 or small.shape[dim] * EXAMPLES != x.shape[dim] * (EXAMPLES - 1):

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from tests import oracle
-from tests.gradstats import test_adversary, test_contribution, test_handle, test_leaf, test_models, test_units
+from tests.gradstats import (
+    test_adversary,
+    test_compiled,
+    test_contribution,
+    test_handle,
+    test_leaf,
+    test_models,
+    test_units,
+)
 from tests.gradstats.optim import test_adam
 from tests.gradstats.rules import test_embedding_bag, test_fallback, test_recurrent, test_refusals, test_shapes
 from tests.layers import LAYERS, RECURRENT, Attention, B, Conv1D, Positions, floats, ids
@@ -291,7 +299,7 @@ TRAPS: dict[int, Trap] = {
             test_models.test_gradient_checkpointing,
             test_adversary.test_reentrant_checkpointing_with_two_forwards_before_the_backwards,
             test_adversary.test_functional_tying_across_a_reentrant_segment_is_refused,
-            test_leaf.test_compiled_models,  # other batch sizes among them
+            test_compiled.test_a_new_batch_size_compiles_at_most_once_more,
         ),
     ),
     13: Trap(

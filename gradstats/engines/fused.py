@@ -20,6 +20,7 @@ from gradstats.account import Account
 from gradstats.arguments import Arguments, ExampleDims, count_examples, signature
 from gradstats.caller import Caller
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
+from gradstats.forwards import Forwards
 from gradstats.handle import Handle, table
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
@@ -70,7 +71,7 @@ class FusedHandle(Handle):
 
     def _begin(self) -> None:
         self._names = {}
-        self.probing: Probe | None = None
+        self.probing: Forwards | None = None
         self.lifetime = Lifetime(list(self.accounts.values()))
 
     def _ignored(self, ignore: Sequence[str]) -> set[int]:
@@ -105,6 +106,15 @@ class FusedHandle(Handle):
         finally:
             self.lifetime.leave(module)
 
+    @contextmanager
+    def probed_by(self, forwards: Forwards) -> Iterator[None]:
+        """Inside, attached modules compute as they would by themselves, and tell `forwards` of their calls."""
+        self.probing = forwards
+        try:
+            yield
+        finally:
+            self.probing = None
+
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """An outermost call begins; `lifetime.leave` is told of its end."""
         for norm in self.batch_norms:
@@ -131,7 +141,7 @@ class FusedHandle(Handle):
         probe.establish()
         self.due[kind] = 2 * calls
         probes, forwards, seconds = self.probe_cost
-        self.probe_cost = probes + 1, forwards + probe.forwards, seconds + probe.seconds
+        self.probe_cost = probes + 1, forwards + probe.forwards.count, seconds + probe.seconds
 
     def probe(self, *args: Any, **kwargs: Any) -> None:
         """Runs the probe on the arguments of one call of the model, ahead of the first step: before torch.compile, or
