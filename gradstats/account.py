@@ -110,9 +110,9 @@ class Account:
         return found
 
     def follow(self) -> None:
-        """Hooks the parameter; it may have been replaced since the last use."""
+        """Hooks the parameter: it may have been replaced since the last use, or hooked by others after us."""
         p = self.parameter
-        if self._subject is not p:
+        if self._subject is not p or next(reversed(p._backward_hooks)) != self._hooks[0].id:  # type: ignore[arg-type]
             self._follow(p)
 
     def _follow(self, p: nn.Parameter) -> None:

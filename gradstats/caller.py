@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 LEAF = "_gradstats_leaf"  # where an attached module keeps its Leaf or Caller, outside of parameters and state_dict
@@ -22,6 +24,8 @@ class Caller:
     def active(self) -> bool:
         return self.handle.probing is not None or self.handle.outside
 
+    # What Dynamo cannot trace runs here; its bookkeeping must not be traced by itself.
+    @partial(torch.compiler.disable, recursive=False)
     def __call__(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's own forward, noted as a caller by a probe, or as the outermost one."""
         if self.handle.probing:

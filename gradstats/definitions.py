@@ -47,6 +47,8 @@ def comparable(name: str, value: Any, g: Tensor, zero: float) -> list[Tensor]:
     Statistics without the unit of a gradient magnify rounding. A deviation below a tenth of the mean is one too, since
     it comes from a difference of squares.
     """
+    if name == "norms":  # in the unit of their sums, to which the floor of the error is relative
+        return [value.square()]
     if name == "sign_mean":
         return [value[(g.abs() > zero).all(0)]]
     if name == "snr":

@@ -274,6 +274,9 @@ class ByParameter(Mapping[str, Any]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def __contains__(self, key: object) -> bool:
+        return any(key == name for name in self) or any(key is self.handle.parameters()[name] for name in self)
+
     def __repr__(self) -> str:
         return f"{self.statistic.name} of {len(self)} parameters, batch size {self.handle.batch_size}"
 

@@ -98,6 +98,7 @@ class Leaf:
 
     # Forward
 
+    @partial(torch.compiler.disable, recursive=False)  # as Caller's
     def __call__(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's forward while attached; `kind` is its original class."""
         if self.handle.probing:

@@ -115,6 +115,7 @@ class FusedHandle(Handle):
         finally:
             self.probing = None
 
+    @torch.compiler.disable
     def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """An outermost call begins; `lifetime.leave` is told of its end."""
         for norm in self.batch_norms:
@@ -138,7 +139,8 @@ class FusedHandle(Handle):
             return
         calls = self.due.get(kind, 1)
         probe = Probe(self, kind[0], arguments, calls - 1)
-        probe.establish()
+        with torch.compiler.set_stance("force_eager"):  # a part that is compiled by itself would not be seen
+            probe.establish()
         self.due[kind] = 2 * calls
         probes, forwards, seconds = self.probe_cost
         self.probe_cost = probes + 1, forwards + probe.forwards.count, seconds + probe.seconds

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import gradstats
@@ -33,6 +35,21 @@ def exact(handle, expected):
 
 
 # The forward must stay what it was
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Notes the size of the largest tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and 0 not in t.stride():
+                self.elements = max(self.elements, t.numel())
+        return result
 
 
 class Standardised(nn.Conv2d):
@@ -511,3 +528,26 @@ def test_nothing_is_left_on_the_parameters():
     gc.collect()
     for p in model.parameters():
         assert not p._backward_hooks and not p._post_accumulate_grad_hooks
+
+
+def test_a_hook_that_comes_after_the_first_forward_is_seen():
+    model, x, y = problem()
+    attach(model, *ALL)
+    loss_of(model(x), y).backward()
+    model.zero_grad()
+    model[0].weight.register_hook(lambda gradient: 2 * gradient)
+    with pytest.raises(CoverageError, match="a hook that changes the gradient"):
+        loss_of(model(x), y).backward()
+
+
+def test_a_tied_head_forms_no_gradient_of_every_example():
+    """Nothing of n x words x width, nor of n x words x positions beside the logits' own."""
+    n, words, width, positions = 8, 1000, 16, 6
+    model = nn.Sequential(nn.Embedding(words, width), nn.Linear(width, words, bias=False))
+    model[1].weight = model[0].weight
+    ids = torch.randint(0, words, (n, positions))
+    attach(model).probe(ids)
+    logits = model(ids)
+    with LargestAllocation() as largest:
+        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+    assert largest.elements <= max(words * width, logits.numel())
