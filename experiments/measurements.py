@@ -1,11 +1,8 @@
 """What is read from gradients and per-example statistics at a logging point, between backward and step.
 
-    P = mean_b ||g_b||^2 = sum of q        |G|^2 = ||m||^2
-    squared norm of the true gradient      (B |G|^2 - P) / (B - 1)
-    trace of the covariance                (P - |G|^2) / (1 - 1/B)
-
-Their ratio, trace over squared norm, is the simple noise scale, in examples (McCandlish 2018, appendix A.1): each is
-averaged over time first, since a ratio of noisy numbers is biased. B = 1 has neither.
+The simple noise scale is made of two estimates (gradstats.noise_scale), |G|^2 and tr Sigma; each is averaged over time
+first, since a ratio of noisy numbers is biased. B = 1 has neither. Here they are of layers, and all of them are brought
+to the host at once.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 
 from experiments.tracker import Histogram, Value
 from gradstats import Handle
+from gradstats.noise_scale import estimate
 
 # Logging points over which the estimates are averaged; a plain mean over the first ones.
 HORIZON = 10
@@ -64,10 +62,10 @@ class Measurements:
     def _average(self, batch: list[float], per_example: list[float], batch_size: int) -> None:
         self.points += 1
         weight = 1 / min(self.points, HORIZON)
-        B = batch_size
-        for i, (G2, P) in enumerate(zip(batch, per_example, strict=True)):
-            self.squared_norm[i] += weight * ((B * G2 - P) / (B - 1) - self.squared_norm[i])
-            self.covariance[i] += weight * ((P - G2) / (1 - 1 / B) - self.covariance[i])
+        found = estimate(torch.tensor(batch), torch.tensor(per_example), batch_size)
+        for i, (squared_norm, trace) in enumerate(zip(*(part.tolist() for part in found), strict=True)):
+            self.squared_norm[i] += weight * (squared_norm - self.squared_norm[i])
+            self.covariance[i] += weight * (trace - self.covariance[i])
 
     def _noise(self) -> dict[str, Value]:
         values: dict[str, Value] = {}

@@ -2,8 +2,8 @@
 
 python -m experiments.readme outputs/batch_size_invariance
 
-The study's tables and findings come from that directory; the price table from outputs/benchmark.json, where
-`python -m experiments.benchmark` has written one.
+The study's tables and findings come from that directory; the prices from outputs/benchmark.json and outputs/memory.json,
+where `python -m experiments.benchmark` and `python -m experiments.memory` have written them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from experiments.tables import Table
 README = Path("README.md")
 FIGURE = Path("docs/batch_size_invariance.png")
 BENCHMARK = Path("outputs/benchmark.json")
+MEMORY = Path("outputs/memory.json")
 
 
 def markdown(table: Table) -> str:
@@ -60,6 +61,20 @@ def price(measured: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Measured on: {machine}."])
 
 
+def memory(measured: dict[str, Any]) -> str:
+    """Peaks of a step, plain and with statistics, and what the second may come to."""
+    rows = {
+        "parameters": "parameters",
+        "plain step": "plain",
+        "with the exact second moment": "attached",
+        "bar: plain step, one buffer like the parameters, 10%": "limit",
+    }
+    lines = ["| | MiB |", "|---|---|", *(f"| {title} | {measured[key]:.0f} |" for title, key in rows.items())]
+    m = measured
+    shape = f"{m['layers']} layers, d = {m['width']}, {m['words']} words, T = {m['positions']}, B = {m['batch_size']}"
+    return "\n".join([*lines, "", f"{shape}; torch {m['torch']}, {m['machine']}."])
+
+
 def fill(text: str, name: str, written: str) -> str:
     """Replaces what stands between the markers called `name`. Raises: UserError if there are none."""
     markers = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -77,6 +92,8 @@ def write(directory: Path) -> None:
     text = fill(text, "results", section(outcome, report.Description.load(directory)))
     if BENCHMARK.exists():
         text = fill(text, "price", price(json.loads(BENCHMARK.read_text())))
+    if MEMORY.exists():
+        text = fill(text, "memory", memory(json.loads(MEMORY.read_text())))
     with atomic_write(README) as file:
         file.write(text.encode())
     FIGURE.parent.mkdir(exist_ok=True)

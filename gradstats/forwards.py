@@ -57,7 +57,7 @@ class Forwards:
         self.digested = 0  # examples of a forward of which only a number a row is kept
         self.nudged: int | None = None  # the example whose copy of what all share is changed
         self.tracked = {id(a.parameter): a for a in handle.accounts.values() if a.trainable}
-        self.count = 0
+        self.count = self.examples = 0  # forwards, and examples in all of them
         self.uses: list[FunctionalUse] = []
         self.oddities: list[Oddity] = []
         self._visits: list[Visit] = []
@@ -69,6 +69,7 @@ class Forwards:
         """One forward: its visits, and the tensors that the module returns. Raises: CouldNotRun."""
         self._visits, self._callers, self._called = [], [], {self.module}
         self.count += 1
+        self.examples += len(rows)
         args, kwargs = self.arguments.take(rows, replaced, self.shared)
         with undisturbed(self.handle.model, self.seed), self._watching():
             output = self.module.forward(*args, **kwargs)

@@ -1,17 +1,34 @@
-"""Every block and command of the README runs."""
+"""Every block and command of the README and of docs/ runs, and prints what the page says.
 
+python -m tests.test_readme     writes what the blocks print, and the table of traps, into the pages
+"""
+
+import contextlib
+import functools
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+
+from experiments.readme import fill
+from gradstats.engines import ENGINES
+from gradstats.statistics import STATISTICS
+from tests.models import HUGGING_FACE
+from tests.trap_probe import PROBE
+from tests.traps import EXACT, MODES, TRAPS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = ["README.md", "docs/exactness.md"]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCKS = BLOCK.findall(README)
 COMMANDS = [line.partition(" #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 
 # Run elsewhere, or not runnable without what a test must not have.
@@ -25,6 +42,9 @@ ELSEWHERE = {
 }
 # Appended to a command that would take too long as it stands.
 SHORTENED = {
+    "python -m experiments.memory": shlex.split(
+        "--layers=1 --width=16 --heads=2 --words=50 --positions=8 --batch-size=2"
+    ),
     "python -m experiments.train experiment=batch_size_invariance": [
         "train.epochs=1",
         "train.warmup_examples=256",
@@ -38,17 +58,59 @@ SHORTENED = {
 
 
 def test_all_blocks_are_known():
-    assert {kind for kind, _ in BLOCKS} == {"python", "bash"}
+    assert {kind for kind, _ in BLOCKS} == {"python", "bash", "text"}
     assert set(ELSEWHERE) | set(SHORTENED) <= set(COMMANDS)
 
 
-def test_python_blocks():
-    """In order, in one namespace, as a reader would type them."""
+def typed(page: str) -> str:
+    """The page with what its Python blocks print: they run in order, in one namespace, as a reader would type them."""
     namespace: dict[str, object] = {}
-    for kind, block in BLOCKS:
+    printed = ""
+
+    def one(match: re.Match[str]) -> str:
+        nonlocal printed
+        kind, block = match.groups()
         if kind == "python":
-            exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["stats"] is not None
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(compile(block, "page", "exec"), namespace)
+            printed = out.getvalue()
+        return f"```text\n{printed}```" if kind == "text" else match[0]
+
+    # What Inductor makes of a graph takes long, and is tested with compiled models.
+    with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):
+        return BLOCK.sub(one, page)
+
+
+def traps() -> str:
+    """A row for every trap, and the cases of it that are refused."""
+    lines = ["| | trap | refused |", "|---|---|---|"]
+    for number, trap in [*TRAPS.items(), ("", MODES), ("", PROBE)]:
+        refused = "; ".join(name for name, case in trap.cases.items() if case.verdict is not EXACT)
+        lines.append(f"| {number} | {trap.title} | {refused} |")
+    return "\n".join(lines)
+
+
+def written(name: str) -> str:
+    """A page as its blocks and the tables of the tests have it."""
+    page = typed((ROOT / name).read_text())
+    return fill(page, "traps", traps()) if name == "docs/exactness.md" else page
+
+
+def without_times(page: str) -> str:
+    return re.sub(r"\d+\.\d+ s\b", "... s", page)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo, as in test_compiled
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_say_what_their_blocks_print(name):
+    assert without_times(written(name)) == without_times((ROOT / name).read_text()), "python -m tests.test_readme"
+
+
+def test_readme_names_all_that_there_is():
+    missing = [name for name in (*STATISTICS, *ENGINES) if name not in README]
+    plain = README.lower().replace("-", "").replace(" ", "")
+    models = [name.partition(" on ")[0].replace("-", "").replace(" ", "") for name in HUGGING_FACE]
+    assert not missing and not [name for name in models if name not in plain]
 
 
 def environment():
@@ -92,3 +154,8 @@ def test_make_demo_in_an_empty_clone(tmp_path):
     for name in ("report.html", "figure.png", "figure.svg"):
         assert (clone / "outputs/demo" / name).stat().st_size > 1000
     assert list((clone / "outputs/demo").rglob("offline-run-*"))
+
+
+if __name__ == "__main__":
+    for name in PAGES:
+        (ROOT / name).write_text(written(name))

@@ -51,7 +51,7 @@ class FusedHandle(Handle):
         self.callers: list[nn.Module] = []
         self.calls: dict[Any, int] = {}  # of every kind
         self.due: dict[Any, int] = {}  # which of them is probed next
-        self.probe_cost = (0, 0, 0.0)  # probes, forwards of a few examples, seconds
+        self.probe_cost: tuple[float, ...] = (0, 0, 0, 0.0)  # probes, forwards, examples in all of them, seconds
         self.batch_norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self.ignored = self._ignored(ignore)
         if any(LEAF in module.__dict__ for module in model.modules()):
@@ -142,8 +142,8 @@ class FusedHandle(Handle):
         with torch.compiler.set_stance("force_eager"):  # a part that is compiled by itself would not be seen
             probe.establish()
         self.due[kind] = 2 * calls
-        probes, forwards, seconds = self.probe_cost
-        self.probe_cost = probes + 1, forwards + probe.forwards.count, seconds + probe.seconds
+        more = (1, probe.forwards.count, probe.forwards.examples, probe.seconds)
+        self.probe_cost = tuple(a + b for a, b in zip(self.probe_cost, more, strict=True))
 
     def probe(self, *args: Any, **kwargs: Any) -> None:
         """Runs the probe on the arguments of one call of the model, ahead of the first step: before torch.compile, or
@@ -277,13 +277,9 @@ class FusedHandle(Handle):
         for name, p in self.model.named_parameters():
             if id(p) in self.ignored:
                 rows.append((name, p, None, "ignored", "named in ignore"))
-        probes, forwards, seconds = self.probe_cost
-        cost = (
-            f"{probes} probe(s): {forwards} forwards of up to 3 examples, {seconds:.2f} s"
-            if probes
-            else "not probed yet"
-        )
-        return f"{table(rows)}\n{cost}"
+        probes, forwards, examples, seconds = self.probe_cost
+        cost = f"probed {probes:.0f} times: {forwards:.0f} forwards, {examples:.0f} examples in all, {seconds:.2f} s"
+        return f"{table(rows)}\n{cost if probes else 'not probed yet'}"
 
     def new_examples(self) -> None:
         self.lifetime.new_examples()

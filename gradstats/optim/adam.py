@@ -227,7 +227,7 @@ class BatchInvariantAdam(Optimizer):
             if handle is None:
                 raise MissingStatistic(
                     f"no statistics for a parameter of shape {tuple(p.shape)}: call gradstats.attach(model) before the "
-                    f"forward pass"
+                    f"forward pass, and give parameters that are named in ignore to another optimizer"
                 )
             # With R = 1 the mean gradient enters linearly only, and whoever changed it meant to.
             return handle.window(p, ("sum_of_squares",), needs_gradient=reference != 1)
