@@ -2,8 +2,8 @@
 
 python -m experiments.readme outputs/batch_size_invariance
 
-The study's tables and findings come from that directory; the prices from outputs/benchmark.json and outputs/memory.json,
-where `python -m experiments.benchmark` and `python -m experiments.memory` have written them.
+The study's tables and findings come from that directory; the prices from outputs/benchmark.json and
+outputs/memory.json, where `python -m experiments.benchmark` and `python -m experiments.memory` have written them.
 """
 
 from __future__ import annotations

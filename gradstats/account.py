@@ -83,10 +83,12 @@ class Account:
 
     @property
     def present(self) -> bool:
+        """Whether the module still has the parameter: parametrizing takes it away."""
         return self.holder.get(self.attribute) is not None
 
     @property
     def trainable(self) -> bool:
+        """Whether the parameter is there, and has a gradient to come."""
         p = self.holder.get(self.attribute)
         return p is not None and p.requires_grad
 
@@ -144,6 +146,7 @@ class Account:
             self._returned.append((gradient.detach(), gradient._version))
 
     def begin_pass(self) -> None:
+        """A backward pass begins: what leaves returned in an earlier one, cut short, is nothing to compare with."""
         self._returned.clear()
 
     def _arrives(self, incoming: Tensor) -> None:
@@ -218,6 +221,7 @@ class Account:
 
     @property
     def batch_size(self) -> int:
+        """Examples in this window, or what else is counted as one."""
         if self.handle.granularity != "example":
             return sum(self.units.values())
         return sum(size for generation, size in self.handle.lifetime.sizes.items() if generation >= self.first)

@@ -112,6 +112,7 @@ class Arguments:
 
 
 def key_of(path: Any) -> int | str:
+    """Position or keyword of the argument that a leaf of the arguments' tree is in."""
     return path[1].idx if path[0].idx == 0 else path[1].key
 
 
@@ -125,12 +126,14 @@ def signature(args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def kind_of(value: Any) -> Any:
+    """What of one argument belongs to the signature."""
     if isinstance(value, Tensor):
         return value.dtype, tuple([size == 1 for size in value.shape])
     return value if isinstance(value, bool | str | None) else type(value)
 
 
 def size_of(value: Any, dim: int) -> int:
+    """How many entries an argument has along `dim`, or sequences, if it is packed."""
     return int(value.batch_sizes[0]) if isinstance(value, PackedSequence) else value.shape[dim]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from gradstats.arguments import ExampleDims
+from gradstats.caller import LEAF
 from gradstats.engines import ENGINES
 from gradstats.errors import GradstatsError, MissingStatistic
 from gradstats.handle import Handle, Wanted, handle_of
-from gradstats.swap import LEAF
 
 
 def attach(

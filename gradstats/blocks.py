@@ -45,6 +45,7 @@ class Contribution(ABC):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], integers: Sequence[int]) -> Contribution:
+        """The form with these `operands`."""
         return cls(*tensors, *integers)
 
     # What a form provides

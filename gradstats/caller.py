@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-LEAF = "_gradstats_leaf"  # where an attached module keeps its Leaf or Caller, outside of parameters and state_dict
-
 if TYPE_CHECKING:
     from gradstats.engines.fused import FusedHandle
+
+LEAF = "_gradstats_leaf"  # where an attached module keeps its Leaf or Caller, outside of parameters and state_dict
 
 
 class Caller:

@@ -35,14 +35,17 @@ class Result:
 
     @property
     def second_moment(self) -> dict[str, Tensor]:
+        """q of every parameter (*shape)."""
         return self["second_moment"]
 
     @property
     def variance(self) -> dict[str, Tensor]:
+        """s2 of every parameter (*shape)."""
         return self["variance"]
 
     @property
     def norms(self) -> dict[str, Tensor]:
+        """||g_b|| of every parameter (B,)."""
         return self["norms"]
 
     @property

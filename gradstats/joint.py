@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstats.contribution import Contribution, Dense, Outer, OuterSum, Rows, Streamed, wide
+from gradstats.contribution import Contribution, Dense, Outer, OuterSum, Rows, Streamed
+from gradstats.sums import wide
 
 # Sums of squares, which the formula above mends afterwards; any other sum needs c_b itself.
 MENDABLE = frozenset({"sum_of_squares", "squared_norms"})

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from gradstats.account import Account
+from gradstats.caller import LEAF
 from gradstats.errors import CoverageError
 from gradstats.function import Call, Gradients, LeafFunction, Sums, Use, autocast
 from gradstats.layout import FIRST, Layout, brought
 from gradstats.operators import token_of
 from gradstats.rules import Composite, Rule, fallback
 from gradstats.rules.registry import checked
-from gradstats.swap import LEAF
 
 if TYPE_CHECKING:
     from gradstats.engines.fused import FusedHandle
@@ -82,6 +82,7 @@ class Leaf:
 
     @property
     def served_by(self) -> str:
+        """What the coverage table calls this leaf."""
         if self.rule:
             return f"rule {self.rule.__name__}"
         return f"{'loop' if self.loops else 'vmap'} over {type(self.module).__name__}"

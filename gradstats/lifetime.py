@@ -95,6 +95,7 @@ class Lifetime:
         return self._recomputed if in_backward() else self._uses
 
     def new_examples(self) -> None:
+        """Forwards from here on have a generation of their own."""
         self.generation += 1
 
     # Backward
@@ -137,6 +138,7 @@ class Lifetime:
         self._suspicions.append((torch._C._current_graph_task_id(), account, error))
 
     def zero(self) -> None:
+        """A new window begins."""
         self.sizes.clear()
         for account in self.accounts:
             account.reset(first=0)
@@ -171,4 +173,5 @@ class Lifetime:
 
 
 def in_backward() -> bool:
+    """Whether autograd runs a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1

@@ -102,6 +102,7 @@ class NoiseScale:
         return (max((b - root) / a, 0.0) if a < 0 < c and b * b > a * c else 0.0), math.inf
 
     def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to continue."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -3,6 +3,10 @@
 Two sizes of the batch tell which dimension of a leaf's input runs over the examples; replacing one example at a time
 tells which of its entries are that example's, and whether anything mixes examples on the way. A parameter that is used
 outside of its leaf, or where no dimension runs over examples, moves the leaf's boundary up to the module that called.
+
+What it cannot see: coupling that only some random draws take, until a round of the probe falls on such a draw (rounds
+are at the calls 1, 2, 4, 8, ...); and coupling below rounding, which in bfloat16 is a tenth of a feature's largest
+entry. The user's own hooks run in its forwards too.
 """
 
 from __future__ import annotations

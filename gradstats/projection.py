@@ -60,6 +60,7 @@ class Projection(BlockStatistic):
 
 
 def salt_of(seed: int, parameter: str) -> int:
+    """64 bits that differ by seed and parameter, and not by process as those of `hash` do."""
     digest = blake2b(f"{seed} {parameter}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 

@@ -58,6 +58,7 @@ class RawSum(ABC):
 
     @staticmethod
     def merge(a: Tensor, b: Tensor) -> Tensor:
+        """One result from two, of other blocks or of other accumulation steps."""
         return a + b
 
     @property
@@ -109,6 +110,7 @@ class RawSum(ABC):
 
 
 def revive(kind: type[RawSum], state: dict[str, Any]) -> RawSum:
+    """A copied or unpickled raw sum, registered."""
     raw = object.__new__(kind)
     raw.__dict__.update(state)
     register(raw)

@@ -64,6 +64,7 @@ def attached_class(kind: type) -> type:
 
 
 def new_attached(kind: type[nn.Module], *args) -> nn.Module:
+    """What copies and pickles of attached modules are rebuilt by."""
     cls = attached_class(kind)  # type: ignore[arg-type]
     return cls.__new__(cls, *args)
 

@@ -40,6 +40,7 @@ class Slides:
     horizon: float
 
     def weight(self, b: int, e: int) -> float:
+        """w(B, E)."""
         return b / min(e, max(self.horizon, b))
 
 

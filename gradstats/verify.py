@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gradstats.caller import LEAF
 from gradstats.compute import LossFunction, call, compute
 from gradstats.definitions import comparable, define
 from gradstats.errors import GradstatsError, VerificationError
 from gradstats.handle import Wanted
 from gradstats.statistics import statistic_of
-from gradstats.swap import LEAF
 
 # Beside the largest of its kind in the model, what is as good as zero.
 NEGLIGIBLE = 1e-6
@@ -28,6 +28,8 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 @dataclass(frozen=True)
 class Row:
+    """One parameter, one statistic."""
+
     parameter: str
     shape: tuple[int, ...]
     statistic: str
@@ -43,6 +45,7 @@ class Verification:
 
     @property
     def worst(self) -> Row:
+        """That of the largest error."""
         return self.rows[0]
 
     def __str__(self) -> str:

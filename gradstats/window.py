@@ -39,6 +39,7 @@ class Window:
 
     @property
     def scale(self) -> float:
+        """g_b / c_b."""
         return (self.batch_size if self.loss_reduction == "mean" else 1) / self.loss_scale
 
     @property
@@ -59,10 +60,12 @@ class Statistic(ABC):
 
     @property
     @abstractmethod
-    def needs(self) -> tuple[RawSum, ...]: ...
+    def needs(self) -> tuple[RawSum, ...]:
+        """The raw sums that `read` finds in its window; besides m, if `needs_gradient`."""
 
     @abstractmethod
-    def read(self, window: Window) -> Any: ...
+    def read(self, window: Window) -> Any:
+        """The statistic of one parameter, or of the whole gradient. Raises: GradstatsError where it does not exist."""
 
     @property
     def has_total(self) -> bool:

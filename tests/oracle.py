@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+STATISTICS = ("second_moment", "variance", "norms")  # that `errors` compares
 TINY = 1e-300  # zero against zero is no error
 
 
@@ -114,6 +115,11 @@ def errors(handle, expected: dict[str, Tensor]) -> dict[str, dict[str, float]]:
 
 def worst(table: dict[str, dict[str, float]]) -> float:
     return max(value for row in table.values() for value in row.values())
+
+
+def exact(handle, expected: dict[str, Tensor]) -> bool:
+    """Whether statistics in float64 are those of the oracle's contributions."""
+    return worst(errors(handle, expected)) <= 1e-10
 
 
 def coupled_loss(output: Tensor, weights: Tensor) -> Tensor:

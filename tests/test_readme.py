@@ -25,10 +25,10 @@ from tests.trap_probe import PROBE
 from tests.traps import EXACT, MODES, TRAPS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-PAGES = ["README.md", "docs/exactness.md"]
+PAGES = ["README.md", "docs/exactness.md", "docs/experiments.md"]
+README = (ROOT / PAGES[0]).read_text()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
-BLOCKS = BLOCK.findall(README)
+BLOCKS = [block for name in PAGES for block in BLOCK.findall((ROOT / name).read_text())]
 COMMANDS = [line.partition(" #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 
 # Run elsewhere, or not runnable without what a test must not have.

@@ -1,4 +1,4 @@
-"""How per-example gradients are formed, behind one interface: engine(model, statistics, loss_reduction) -> Handle."""
+"""How per-example gradients are formed, by engines that take what `attach` takes and give a Handle."""
 
 from collections.abc import Callable
 from functools import partial

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from gradstats.account import Account
 from gradstats.arguments import Arguments, ExampleDims, count_examples, signature
-from gradstats.caller import Caller
+from gradstats.caller import LEAF, Caller
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.handle import Handle, table
@@ -27,7 +27,7 @@ from gradstats.lifetime import Lifetime
 from gradstats.probe import Probe
 from gradstats.rules import Composite, Rule, fallback, find
 from gradstats.rules.registry import checked, refuse_coupling
-from gradstats.swap import LEAF, swap, unswap
+from gradstats.swap import swap, unswap
 
 
 class FusedHandle(Handle):
@@ -278,7 +278,7 @@ class FusedHandle(Handle):
             if id(p) in self.ignored:
                 rows.append((name, p, None, "ignored", "named in ignore"))
         probes, forwards, examples, seconds = self.probe_cost
-        cost = f"probed {probes:.0f} times: {forwards:.0f} forwards, {examples:.0f} examples in all, {seconds:.2f} s"
+        cost = f"{probes:.0f} probes: {forwards:.0f} forwards, {examples:.0f} examples in all, {seconds:.2f} s"
         return f"{table(rows)}\n{cost if probes else 'not probed yet'}"
 
     def new_examples(self) -> None:

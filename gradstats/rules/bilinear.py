@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradstats.contribution import Contribution, PositionSum, Streamed, wide
+from gradstats.contribution import Contribution, PositionSum, Streamed
 from gradstats.rules.registry import Rule, rule
+from gradstats.sums import wide
 
 
 class Products(Streamed):

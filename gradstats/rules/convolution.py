@@ -87,7 +87,10 @@ def contributions_of(
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Convolution(Rule):
-    """Padding that torch's kernel does not know (circular, reflect, replicate, an uneven "same") is applied first."""
+    """c_b is the weight gradient of example b alone, and sum_t d_bt for the bias; any number of dimensions.
+
+    Padding that torch's kernel does not know (circular, reflect, replicate, an uneven "same") is applied first.
+    """
 
     autocast = "low"
 

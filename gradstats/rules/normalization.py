@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from gradstats.contribution import Contribution, PositionSum, wide
+from gradstats.contribution import Contribution, PositionSum
 from gradstats.rules.registry import Rule, refuse, refuse_coupling, rule
+from gradstats.sums import wide
 
 aten = torch.ops.aten
 
@@ -31,7 +32,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 @rule(nn.LayerNorm)
 class LayerNorm(Rule):
-    """Normalises the trailing `normalized_shape` dimensions."""
+    """xhat = (x - mean) / sqrt(variance + eps) over the trailing `normalized_shape` dimensions."""
 
     autocast = "float32"
     leading_alike = True
@@ -92,7 +93,7 @@ class RMSNorm(Rule):
 
 @rule(nn.GroupNorm)
 class GroupNorm(Rule):
-    """Normalises groups of channels over all positions of an example."""
+    """xhat = (x - mean) / sqrt(variance + eps) over a group of channels and all positions of an example."""
 
     autocast = "float32"
 

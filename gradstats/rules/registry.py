@@ -1,7 +1,8 @@
-"""One file per kind of layer. A rule says how a leaf computes its forward and what its parameters' contributions are.
+"""What a rule is, and which layer has which.
 
-A composite says how a layer is made of several rules. Both are found along the MRO of the module's class (FSDP swaps
-the class), up to the class that they were written for.
+A rule says how a leaf computes its forward and what its parameters' contributions are; there is a file for every kind
+of layer. A composite says how a layer is made of several rules. Both are found along the MRO of the module's class
+(FSDP swaps the class), up to the class that they were written for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from gradstats.errors import CoverageError
 
 # By class, or by qualified name for classes of libraries that this one does not import.
 RULES: dict[type[nn.Module] | str, type[Rule] | type[Composite]] = {}
-
 
 # Methods in which a layer computes its output; a subclass that overrides one is another layer.
 COMPUTES = ("forward", "_conv_forward", "_check_input_dim")
@@ -142,11 +142,6 @@ def find(module: nn.Module) -> type[Rule] | type[Composite] | None:
     return None
 
 
-def example_sum(c: Tensor, keep: int) -> Tensor:
-    """Sums (n, positions..., kept dimensions) over positions: (n, kept dimensions), `keep` trailing ones kept."""
-    return c if c.dim() == keep + 1 else c.flatten(1, -keep - 1).sum(1)
-
-
 def refuse_coupling(module: nn.Module) -> None:
     """Raises CoverageError for normalisation over the batch, with or without parameters of its own."""
     if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
@@ -158,6 +153,7 @@ def refuse_coupling(module: nn.Module) -> None:
 
 
 def refuse(module: nn.Module, reason: str, way_out: str) -> CoverageError:
+    """What a check raises; `checked` puts the module's name in front of it."""
     return CoverageError(f"{type(module).__name__}: {reason}. {way_out}")
 
 

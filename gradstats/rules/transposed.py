@@ -11,7 +11,10 @@ from gradstats.rules.registry import Rule, rule
 
 @rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class TransposedConvolution(Rule):
-    """Every call has its own output padding, since `output_size` may set it."""
+    """Contributions as those of a convolution.
+
+    Every call has its own output padding, since `output_size` may set it.
+    """
 
     inputs = ("input", "output_padding")
     autocast = "low"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gradstats.contribution import Contribution, Dense, OuterSum, PositionSum
 from gradstats.rules.gates import GATES, Factors, Gates, States
 from gradstats.rules.linear import outer
-from gradstats.rules.registry import Rule, example_sum, rule
+from gradstats.rules.registry import Rule, rule
 
 
 class Unroll(NamedTuple):
@@ -71,7 +71,7 @@ class Unroll(NamedTuple):
     def bias(self, d: Tensor) -> Contribution:
         """sum_t d_bt."""
         d = d.transpose(0, 1)
-        return PositionSum(d, 1) if self.inside is None else Dense(example_sum(d, keep=1))
+        return PositionSum(d, 1) if self.inside is None else Dense(d.sum(1))
 
 
 class Uneven(OuterSum):

@@ -7,16 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import gradstats
 from gradstats import CoverageError, GradstatsError, LifetimeError, attach
 from gradstats.optim import BatchInvariantAdam
 from tests import oracle
+from tests.allocations import LargestAllocation
 
-ALL = ("second_moment", "variance", "norms")
 B = 6
 
 
@@ -30,26 +28,7 @@ def problem():
     return model, x, y
 
 
-def exact(handle, expected):
-    return oracle.worst(oracle.errors(handle, expected)) <= 1e-10
-
-
 # The forward must stay what it was
-
-
-class LargestAllocation(TorchDispatchMode):
-    """Notes the size of the largest tensor that an operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and 0 not in t.stride():
-                self.elements = max(self.elements, t.numel())
-        return result
 
 
 class Standardised(nn.Conv2d):
@@ -64,11 +43,11 @@ def test_overridden_inner_method_is_another_layer():
     model, x, weights = Standardised(2, 3, 3).double(), torch.randn(4, 2, 5, 5).double(), torch.rand(4).double()
     plain = model(x).detach()
     expected = oracle.contributions(model, oracle.coupled_loss, x, weights)
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     output = model(x)
     torch.testing.assert_close(output, plain)
     oracle.coupled_loss(output, weights).backward()
-    assert exact(handle, expected)
+    assert oracle.exact(handle, expected)
 
 
 class Owner(nn.Module):
@@ -162,9 +141,9 @@ def test_padding_index_set_after_construction():
     model, ids, weights = nn.Embedding(7, 4).double(), torch.randint(0, 7, (B, 9)), torch.rand(B).double()
     model.padding_idx = -1
     expected = oracle.contributions(model, oracle.coupled_loss, ids, weights)
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     oracle.coupled_loss(model(ids), weights).backward()
-    assert exact(handle, expected)
+    assert oracle.exact(handle, expected)
 
 
 @pytest.mark.parametrize(
@@ -182,9 +161,9 @@ def test_parametrizations_are_exact_and_can_come_after_attach():
     model, x, y = problem()
     parametrizations.weight_norm(model[0])
     expected = oracle.contributions(model, loss_of, x, y)
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss_of(model(x), y).backward()
-    assert exact(handle, expected)
+    assert oracle.exact(handle, expected)
     parametrizations.weight_norm(model[2])
     handle.detach()
     model(x)
@@ -198,16 +177,16 @@ def test_parametrizations_are_exact_and_can_come_after_attach():
 def test_autograd_grad_after_a_backward_counts_nothing(of):
     model, x, y = problem()
     expected = oracle.contributions(model, loss_of, x, y)
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss_of(model(x), y).backward()
     other = torch.randn(9, 5).double().requires_grad_()
     torch.autograd.grad(model(other).sum(), list(model.parameters()) if of == "parameters" else other)
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
 def test_backward_into_chosen_inputs_is_never_half_counted():
     model, x, y = problem()
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss_of(model(x), y).backward()
     loss_of(model(-x), y).backward(inputs=list(model.parameters()))
     with pytest.raises(LifetimeError, match="changed in place"):
@@ -220,7 +199,7 @@ def test_backward_into_chosen_inputs_is_never_half_counted():
 def test_parameters_of_one_layer_zeroed_at_different_times():
     model, x, y = problem()
     expected = oracle.contributions(model, loss_of, x, y)
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss_of(model(-x), y).backward()
     model[0].weight.grad = model[2].weight.grad = None
     loss_of(model(x), y).backward()
@@ -234,7 +213,7 @@ def test_parameters_of_one_layer_zeroed_at_different_times():
 
 def test_frozen_parameters_with_old_gradients_do_not_keep_the_window_open():
     model, x, y = problem()
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss_of(model(x), y).backward()
     for layer in (model[0], model[2]):
         layer.weight.requires_grad_(False)
@@ -256,7 +235,7 @@ def test_frozen_parameters_with_old_gradients_do_not_keep_the_window_open():
 )
 def test_gradient_that_the_window_has_not_seen_is_refused(spoil):
     model, x, y = problem()
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss_of(model(x), y).backward()
     spoil(model)
     with pytest.raises(LifetimeError):
@@ -269,7 +248,7 @@ def test_gradient_that_the_window_has_not_seen_is_refused(spoil):
 def test_gradient_older_than_attach_is_refused():
     model, x, y = problem()
     loss_of(model(x), y).backward()
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss_of(model(x), y).backward()
     with pytest.raises(LifetimeError, match="older than attach"):
         handle.second_moment["0.weight"]
@@ -278,12 +257,12 @@ def test_gradient_older_than_attach_is_refused():
 def test_zeros_assigned_as_gradient_start_afresh():
     model, x, y = problem()
     expected = oracle.contributions(model, loss_of, x, y)
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss_of(model(-x), y).backward()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     loss_of(model(x), y).backward()
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
 class Segments(nn.Module):
@@ -298,22 +277,22 @@ class Segments(nn.Module):
 def test_reentrant_checkpointing_with_two_forwards_before_the_backwards():
     model, (_, x, y) = Segments().double(), problem()
     expected = oracle.contributions(model, loss_of, x, y)
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     first, second = loss_of(model(-x), y), loss_of(model(x), y)
     first.backward()
     model.zero_grad()
     second.backward()
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
 def test_reentrant_checkpointing_with_declared_new_examples():
     model, (_, x, y) = Segments().double(), problem()
     expected = oracle.contributions(model, loss_of, x, y)
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     first = loss_of(model(x[:2]), y[:2]) * 2 / B
     handle.new_examples()
     (first + loss_of(model(x[2:]), y[2:]) * 4 / B).backward()
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
 def test_functional_tying_across_a_reentrant_segment_is_refused():
@@ -343,7 +322,7 @@ def test_functional_tying_across_a_reentrant_segment_is_refused():
 
 def test_an_older_graph_backpropagated_after_a_newer_one_is_refused():
     model, x, y = problem()
-    attach(model, *ALL)
+    attach(model, *oracle.STATISTICS)
     zeroth, first = loss_of(model(x), y), loss_of(model(-x), y)
     first.backward()
     loss_of(model(2 * x), y).backward()
@@ -354,18 +333,18 @@ def test_an_older_graph_backpropagated_after_a_newer_one_is_refused():
 def test_functional_call_leaves_no_trace():
     model, x, y = problem()
     expected = oracle.contributions(model, loss_of, x, y)
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss_of(model(x), y).backward()
     doubled = {name: 2 * p for name, p in model.named_parameters()}
     torch.func.functional_call(model, doubled, (x,)).sum().backward(inputs=[x.requires_grad_()])
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
     handle.detach()
     assert not any(p._backward_hooks for p in model.parameters())
 
 
 def test_replaced_parameter_starts_afresh():
     model, x, y = problem()
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss_of(model(x), y).backward()
     model.zero_grad()
     old = model[0].weight
@@ -374,12 +353,12 @@ def test_replaced_parameter_starts_afresh():
     bare.load_state_dict(model.state_dict())
     expected = oracle.contributions(bare, loss_of, x, y)
     loss_of(model(x), y).backward()
-    assert exact(handle, expected) and not old._backward_hooks
+    assert oracle.exact(handle, expected) and not old._backward_hooks
 
 
 def test_conversion_after_a_step():
     model, x, y = problem()
-    handle = attach(model.float(), *ALL)
+    handle = attach(model.float(), *oracle.STATISTICS)
     loss_of(model(x.float()), y).backward()
     model.zero_grad()
     model.double()
@@ -387,7 +366,7 @@ def test_conversion_after_a_step():
     bare.load_state_dict(model.state_dict())
     expected = oracle.contributions(bare, loss_of, x, y)
     loss_of(model(x), y).backward()
-    assert exact(handle, expected)
+    assert oracle.exact(handle, expected)
 
 
 def test_a_parameter_of_two_attached_models_is_refused():
@@ -420,9 +399,9 @@ def test_parameter_that_the_loss_does_not_depend_on():
 
     model, x, y = Unused(), torch.randn(5, 4), torch.randint(0, 3, (5,))
     assert gradstats.verify(model, F.cross_entropy, x, y).worst.error <= 1e-10
-    result = gradstats.compute(model, F.cross_entropy, x, y, ALL)
+    result = gradstats.compute(model, F.cross_entropy, x, y, oracle.STATISTICS)
     assert set(result.second_moment) == {"used.weight", "used.bias"}
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     F.cross_entropy(model(x), y).backward()
     torch.testing.assert_close(handle.norms.total, result.total_norms)
 
@@ -442,12 +421,12 @@ def test_evaluation_of_another_size_before_a_checkpointed_backward():
 
     model, ids, y = Positions().double(), torch.randint(0, 7, (B, 3)), torch.randint(0, 3, (B,))
     expected = oracle.contributions(model, loss_of, ids, y)
-    handle = attach(model, *ALL)
+    handle = attach(model, *oracle.STATISTICS)
     loss = loss_of(model(ids), y)
     with torch.no_grad():
         model(torch.randint(0, 7, (2, 3)))
     loss.backward()
-    assert exact(handle, expected)
+    assert oracle.exact(handle, expected)
 
 
 def test_empty_batches_are_refused():
@@ -522,7 +501,7 @@ def test_short_momentum_is_not_mistaken_for_the_first_batch(options):
 def test_nothing_is_left_on_the_parameters():
     model, x, y = problem()
     for _ in range(3):
-        with attach(model, *ALL):
+        with attach(model, *oracle.STATISTICS):
             loss_of(model(x), y).backward()
         model.zero_grad()
     gc.collect()
@@ -532,7 +511,7 @@ def test_nothing_is_left_on_the_parameters():
 
 def test_a_hook_that_comes_after_the_first_forward_is_seen():
     model, x, y = problem()
-    attach(model, *ALL)
+    attach(model, *oracle.STATISTICS)
     loss_of(model(x), y).backward()
     model.zero_grad()
     model[0].weight.register_hook(lambda gradient: 2 * gradient)

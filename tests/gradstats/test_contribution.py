@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradstats.blocks import BLOCK, Contribution
 from gradstats.contribution import Dense, Groups, Outer, OuterSum, PositionSum, Rows, Streamed
@@ -13,6 +12,7 @@ from gradstats.errors import CoverageError
 from gradstats.rules.convolution import Convolution
 from gradstats.statistics import STATISTICS
 from gradstats.sums import SUMS, RawSum, register
+from tests.allocations import LargestAllocation
 
 SIZE = st.integers(1, 6)
 BOTH = ("sum_of_squares", "squared_norms")
@@ -198,17 +198,6 @@ def test_blocks_of_rows_leave_out_what_nobody_touched():
     found, c = rows()
     elements = torch.cat([block.elements for block in found.blocks(20, zeros=False)])
     assert sorted(elements.tolist()) == c.abs().sum(0).flatten().nonzero().flatten().tolist()
-
-
-class LargestAllocation(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(t, torch.Tensor):
-                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
-        return result
 
 
 @pytest.mark.parametrize("names", [tuple(SUMS), BOTH])

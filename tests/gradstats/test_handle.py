@@ -26,11 +26,7 @@ def setting():
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
     x, y = torch.randn(B, 5).double(), torch.randint(0, 3, (B,))
     expected = oracle.contributions(model, loss_of, x, y)
-    return model, x, y, expected, attach(model, "second_moment", "variance", "norms")
-
-
-def exact(handle, expected):
-    return oracle.worst(oracle.errors(handle, expected)) <= 1e-10
+    return model, x, y, expected, attach(model, *oracle.STATISTICS)
 
 
 def step(model, x, y):
@@ -51,7 +47,7 @@ def test_zeroed_gradients_start_afresh(setting, zero):
         step(model, -x, y)
         zero(model)
         step(model, x, y)
-        assert handle.batch_size == B and exact(handle, expected)
+        assert handle.batch_size == B and oracle.exact(handle, expected)
         zero(model)
 
 
@@ -61,7 +57,7 @@ def test_zeroing_between_forward_and_backward(setting):
     loss = loss_of(model(x), y)
     model.zero_grad()
     loss.backward()
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
 @pytest.mark.parametrize("sizes", [(3, 3), (1, 5), (2, 3, 1)])
@@ -72,7 +68,7 @@ def test_accumulation_adds_up(setting, sizes):
         rows = slice(start, start + size)
         (loss_of(model(x[rows]), y[rows]) * size / B).backward()
         start += size
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
 def test_statistics_are_read_until_the_next_backward(setting):
@@ -103,7 +99,7 @@ def test_total_norm_and_keys(setting):
 def test_sum_loss():
     model, x, y = nn.Linear(4, 3).double(), torch.randn(B, 4).double(), torch.randint(0, 3, (B,))
     c = oracle.contributions(model, lambda o, y: F.cross_entropy(o, y, reduction="sum"), x, y)["weight"]
-    handle = attach(model, "second_moment", "variance", "norms", loss_reduction="sum")
+    handle = attach(model, *oracle.STATISTICS, loss_reduction="sum")
     F.cross_entropy(model(x), y, reduction="sum").backward()
     torch.testing.assert_close(handle.second_moment["weight"], c.square().mean(0))
     torch.testing.assert_close(handle.variance["weight"], c.var(0))
@@ -142,7 +138,7 @@ def test_what_is_not_backpropagated_leaves_no_trace(setting, mode):
     else:
         torch.autograd.grad(model(other).sum(), list(model.parameters()))
     loss.backward()
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
 def test_exception_between_forward_and_backward(setting):
@@ -162,7 +158,7 @@ def test_exception_between_forward_and_backward(setting):
         loss_of(model[2](Breaks.apply(h)), y).backward()
     model.zero_grad()
     step(model, x, y)
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
 def refused_siamese(model, x, y):
@@ -213,7 +209,7 @@ def test_refused_and_usable_afterwards(setting, use, way_out):
         use(model, x, y)
     model.zero_grad()
     step(model, x, y)
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
 def test_two_forwards_declared_new_examples(setting):
@@ -222,7 +218,7 @@ def test_two_forwards_declared_new_examples(setting):
     handle.new_examples()
     second = loss_of(model(x[2:]), y[2:]) * 4 / B
     (first + second).backward()
-    assert handle.batch_size == B and exact(handle, expected)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
 @pytest.mark.parametrize("fastest", [False, True])
@@ -302,7 +298,7 @@ def test_zero_forgets(setting):
         handle.second_moment["0.weight"]
     model.zero_grad()
     step(model, x, y)
-    assert exact(handle, expected)
+    assert oracle.exact(handle, expected)
 
 
 def test_functional_use_alone_while_accumulating_is_refused(setting):
@@ -344,7 +340,7 @@ def test_copies_have_weights_and_statistics_of_their_own(setting, duplicate):
     other.zero_grad()
     step(other, x[:4], y[:4])
     assert gradstats.attached(other) is not handle
-    assert gradstats.attached(other).batch_size == 4 and exact(gradstats.attached(other), expected)
+    assert gradstats.attached(other).batch_size == 4 and oracle.exact(gradstats.attached(other), expected)
     assert handle.batch_size == B
 
 
@@ -361,7 +357,7 @@ def test_handles_do_not_outlive_the_model():
 def test_unfreezing_after_attach():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
     model[0].requires_grad_(False)
-    handle = attach(model, "second_moment", "variance", "norms")
+    handle = attach(model, *oracle.STATISTICS)
     model(torch.randn(2, 4).double()).sum().backward()
     assert list(handle.second_moment) == ["1.weight", "1.bias"]
     model.zero_grad()
@@ -371,7 +367,7 @@ def test_unfreezing_after_attach():
     bare.load_state_dict(model.state_dict())
     expected = oracle.contributions(bare, loss_of, x, y)
     step(model, x, y)
-    assert exact(handle, expected)
+    assert oracle.exact(handle, expected)
 
 
 def test_set_up_errors():

@@ -12,8 +12,6 @@ from gradstats import attach
 from tests import oracle
 from tests.models import MODELS, B, Balanced, Row, T, batch_loss, build, draw, language
 
-ALL = ("second_moment", "variance", "norms")
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft's own call
     # Torch's advice on the layout that these rows are about.
@@ -37,7 +35,7 @@ def step(
     row = MODELS[name]
     model = build(row).to(dtype)
     prepare(model)
-    handle = attach(model, *ALL, ignore=row.ignore, example_dims=row.example_dims)
+    handle = attach(model, *oracle.STATISTICS, ignore=row.ignore, example_dims=row.example_dims)
     batch_loss(model(**draw(row, dtype))).backward()
     return model, handle
 
@@ -95,7 +93,7 @@ def test_load_balancing_loss():
     torch.testing.assert_close(model.loss(model(**batch), None), model.mixtral(**batch).loss)
     c = oracle.contributions(model, model.loss, batch, None, ("logits", "router"))
     c = {name.removeprefix("mixtral."): value for name, value in c.items()}
-    with attach(model.mixtral, *ALL) as handle:
+    with attach(model.mixtral, *oracle.STATISTICS) as handle:
         check(model.mixtral, handle, batch, c)
 
 
@@ -108,7 +106,7 @@ def test_dropout(name):
             module.p = 0.2
     torch.manual_seed(2)
     c = oracle.contributions(model, batch_loss, batch, None, ("logits",))
-    with attach(model, *ALL) as handle:
+    with attach(model, *oracle.STATISTICS) as handle:
         torch.manual_seed(2)
         check(model, handle, batch, c)
 
@@ -120,7 +118,7 @@ def test_batches_of_other_sizes(name):
     batches = [language(), language((5, 2)), language((4, 3, 2, 1)), language((2, 2, 2, 2, 2))]
     model = build(MODELS[name]).double()
     expected = [oracle.contributions(model, batch_loss, batch, None, ("logits",)) for batch in batches]
-    with attach(model, *ALL) as handle:
+    with attach(model, *oracle.STATISTICS) as handle:
         for batch, c in zip(batches, expected, strict=True):
             check(model, handle, batch, c)
 
@@ -130,7 +128,7 @@ def test_as_many_positions_as_examples(name):
     """In the first batch of all: sizes tell nothing, so the user does."""
     batch, model = language((3, 2, 3)), build(MODELS[name]).double()
     c = oracle.contributions(model, batch_loss, batch, None, ("logits",))
-    with attach(model, *ALL, example_dims=dict.fromkeys(batch, 0)) as handle:
+    with attach(model, *oracle.STATISTICS, example_dims=dict.fromkeys(batch, 0)) as handle:
         check(model, handle, batch, c)
 
 
@@ -140,7 +138,7 @@ def test_probing_with_equal_examples(name, entry):
     """Zeros, as people probe with: they tell little, and must not tell anything wrong."""
     batch, model = language(), build(MODELS[name]).double()
     c = oracle.contributions(model, batch_loss, batch, None, ("logits",))
-    with attach(model, *ALL) as handle:
+    with attach(model, *oracle.STATISTICS) as handle:
         handle.probe(**{key: torch.full_like(x, 1 if key == "attention_mask" else entry) for key, x in batch.items()})
         check(model, handle, batch, c)
 
@@ -149,7 +147,7 @@ def test_probing_with_equal_examples(name, entry):
 def test_position_ids_that_all_examples_share(name):
     batch, model = language() | {"position_ids": torch.arange(T).unsqueeze(0)}, build(MODELS[name]).double()
     c = oracle.contributions(model, batch_loss, batch, None, ("logits",))
-    with attach(model, *ALL) as handle:
+    with attach(model, *oracle.STATISTICS) as handle:
         check(model, handle, batch, c)
 
 

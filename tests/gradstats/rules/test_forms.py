@@ -3,14 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from gradstats.errors import CoverageError
 from gradstats.rules.bilinear import Products
 from gradstats.rules.convolution import Convolution
 from gradstats.rules.registry import Rule
 from gradstats.rules.transposed import TransposedConvolution
+from tests.allocations import LargestAllocation
 
 N = 6
 
@@ -99,21 +98,10 @@ def test_positions_of_a_convolution_are_refused():
         made.per_token()
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor))])
-        return result
-
-
 @pytest.mark.parametrize("positions", [1, 2])
 def test_products_of_all_examples_are_never_at_hand(positions):
     n, width = 32, 16
     form = Products(*(torch.randn(n, positions, width) for _ in range(3)))
-    with Largest() as largest:
+    with LargestAllocation() as largest:
         form.sums(["sum_of_squares", "squared_norms"])
     assert width**3 <= largest.elements <= n * width**2

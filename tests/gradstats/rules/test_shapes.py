@@ -10,7 +10,6 @@ from torch import nn
 import gradstats
 from tests import oracle
 
-ALL = ("second_moment", "variance", "norms")
 # Hundreds of shapes would say no more than dozens, and each needs one backward pass per example.
 drawn = settings(max_examples=40, deadline=None)
 
@@ -20,9 +19,9 @@ def check(model: nn.Module, x: torch.Tensor | dict[str, Any]) -> None:
     examples = len(next(iter(x.values())) if isinstance(x, dict) else x)
     weights = torch.rand(examples, dtype=torch.float64) + 0.5
     expected = oracle.contributions(model, oracle.coupled_loss, x, weights)
-    with gradstats.attach(model, *ALL) as handle:
+    with gradstats.attach(model, *oracle.STATISTICS) as handle:
         oracle.coupled_loss(oracle.call(model, x), weights).backward()
-        assert oracle.worst(oracle.errors(handle, expected)) <= 1e-10
+        assert oracle.exact(handle, expected)
 
 
 @given(st.data())
