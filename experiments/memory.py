@@ -1,6 +1,6 @@
 """Peak memory of a step with the exact second moment, beside the plain step: bytes of all living tensors, counted.
 
-python -m experiments.memory                  a GPT-2-small-shaped step (some minutes), prints the table, writes outputs/memory.json
+python -m experiments.memory                  a GPT-2-small-shaped step, some minutes; writes outputs/memory.json
 python -m experiments.memory --layers 2 ...   a smaller one
 
 A count of bytes does not depend on the allocator, as the process's size does, and is the same in every run. What single

@@ -11,7 +11,8 @@ from gradstats.arguments import ExampleDims
 from gradstats.caller import LEAF
 from gradstats.engines import ENGINES
 from gradstats.errors import GradstatsError, MissingStatistic
-from gradstats.handle import Handle, Wanted, handle_of
+from gradstats.handle import Handle, handle_of
+from gradstats.statistics import Wanted
 
 
 def attach(

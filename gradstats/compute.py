@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradstats.attach import attach
 from gradstats.errors import MissingStatistic
-from gradstats.handle import Wanted
+from gradstats.statistics import Wanted
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -193,7 +193,10 @@ for _statistic in STATISTICS.values():
         register(_raw)
 
 
-def statistic_of(wanted: str | Statistic | type[Statistic]) -> Statistic:
+Wanted = str | Statistic | type[Statistic]  # a name from the menu, or a statistic of one's own
+
+
+def statistic_of(wanted: Wanted) -> Statistic:
     """An entry of the menu by name, or a statistic of one's own by class or instance. Raises: GradstatsError."""
     if isinstance(wanted, str):
         if wanted not in STATISTICS:

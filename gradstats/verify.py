@@ -16,8 +16,7 @@ from gradstats.caller import LEAF
 from gradstats.compute import LossFunction, call, compute
 from gradstats.definitions import comparable, define
 from gradstats.errors import GradstatsError, VerificationError
-from gradstats.handle import Wanted
-from gradstats.statistics import statistic_of
+from gradstats.statistics import Wanted, statistic_of
 
 # Beside the largest of its kind in the model, what is as good as zero.
 NEGLIGIBLE = 1e-6

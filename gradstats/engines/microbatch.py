@@ -24,9 +24,10 @@ from gradstats.contribution import Dense
 from gradstats.engines.passes import Pass, Passes
 from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
 from gradstats.function import no_autocast
-from gradstats.handle import ByParameter, Handle, Wanted, handle_of, table
+from gradstats.handle import Handle, handle_of, table
 from gradstats.loss_scale import state_of
-from gradstats.statistics import SecondMoment, SimpleNoiseScale, Variance
+from gradstats.reading import ByParameter
+from gradstats.statistics import SecondMoment, SimpleNoiseScale, Variance, Wanted
 from gradstats.sums import GRADIENT, SQUARED_NORMS, SUMS, wide
 from gradstats.window import Statistic
 
