@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstats.errors import CoverageError, LifetimeError
+from gradstats.gradient import State, fresh, state_of, untouched
 from gradstats.sums import SUMS, RawSum
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Account:
         self._subject: Tensor | None = None  # the parameter that the hooks are on
         self._hooks: list[Any] = []
         self._returned: list[tuple[Tensor, int]] = []  # gradients in the backward under way, with their versions
-        self._left: tuple[int, int] | None = None  # address and version of p.grad when it was last accumulated
+        self._left: State | None = None  # of p.grad when it was last accumulated
         self._explained = False  # the gradient that arrived last was the leaf's
         self._cast_seen = False
 
@@ -172,7 +173,7 @@ class Account:
 
     def _accumulated(self, p: Tensor) -> None:
         if p.grad is not None and self._explained:
-            self._left = (p.grad.data_ptr(), p.grad._version)
+            self._left = state_of(p.grad)
 
     def _outside(self, incoming: Tensor) -> CoverageError:
         return CoverageError(
@@ -187,14 +188,12 @@ class Account:
     @property
     def untouched(self) -> bool:
         """Whether p.grad is as the last backward pass left it."""
-        grad = self.parameter.grad
-        return grad is not None and self._left == (grad.data_ptr(), grad._version)
+        return untouched(self.parameter.grad, self._left)
 
     @property
     def fresh(self) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-        grad = self.parameter.grad
-        return grad is None or (not self.untouched and not bool(grad.any()))
+        return fresh(self.parameter.grad, self._left)
 
     def begin_use(self, backward_pass: int, first_open: int) -> None:
         """The first use of the parameter in a backward pass: does its p.grad go with its statistics?"""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradstats.arguments import ExampleDims
 from gradstats.attach import attach
 from gradstats.errors import MissingStatistic
 from gradstats.statistics import Wanted
@@ -64,8 +65,10 @@ def compute(
     loss_reduction: str = "mean",
     granularity: str = "example",
     microbatch_size: int | None = None,
+    ignore: Sequence[str] = (),
+    example_dims: ExampleDims = 0,
 ) -> Result:
-    """Statistics of the per-example gradients of loss_fn(model(x), y), as `attach` defines them.
+    """Statistics of the per-example gradients of loss_fn(model(x), y); what `attach` takes is as it defines it.
 
     x is a tensor, a tuple of positional arguments or a dict of keyword arguments. Gradients that the parameters hold
     already are untouched. Raises what `attach` raises.
@@ -81,13 +84,16 @@ def compute(
             loss_reduction=loss_reduction,
             granularity=granularity,
             microbatch_size=microbatch_size,
+            ignore=ignore,
+            example_dims=example_dims,
         )
         with handle, torch.enable_grad():
             loss = loss_fn(call(model, x), y)
             loss.backward()
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             # A parameter that the loss does not depend on has no gradient, and no statistics.
-            found = {name: {p: handle.read(name)[p] for p in gradients} for name in handle.statistics}
+            served = [name for name in handle.parameters() if name in gradients]
+            found = {name: {p: handle.read(name)[p] for p in served} for name in handle.statistics}
             totals = {name: handle.read(name).total for name in handle.statistics if handle.read(name).has_total}
             return Result(loss.detach(), gradients, handle.batch_size, found, totals)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -70,6 +70,10 @@ class Handle(Readable):
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters that the engine serves, by full name."""
 
+    def parameter(self, name: str) -> nn.Parameter | None:
+        """One of them, if there is one of that name; what optimizers ask for at every step, parameter by parameter."""
+        return self.parameters().get(name)
+
     @abstractmethod
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         """Raw sums of one parameter since its gradient was last None, and how many examples they are over.
@@ -123,6 +127,10 @@ class Handle(Readable):
             if p.requires_grad:
                 self.loss_scale.follow(p)
 
+    def __repr__(self) -> str:
+        names = ", ".join(self.statistics)
+        return f"{type(self).__name__}({type(self.model).__name__}: {names}; batch_size={self.batch_size})"
+
     def __enter__(self) -> Self:
         return self
 
@@ -146,14 +154,20 @@ class Handle(Readable):
 
     def name_of(self, key: str | Tensor) -> str:
         """The full name of a parameter given by name or by itself. Raises: MissingStatistic."""
-        parameters = self.parameters()
         if isinstance(key, str):
-            if key not in parameters:
+            if not self.parameters():
                 raise MissingStatistic(
-                    f"no parameter '{key}' in the attached model; its parameters are {list(parameters)}"
+                    "this handle is detached: its statistics are gone. attach(model) gives a new one"
+                )
+            if self.parameter(key) is None:
+                raise MissingStatistic(
+                    f"no parameter '{key}' in the attached model; its parameters are {list(self.parameters())}"
                 )
             return key
-        for name, p in parameters.items():
+        known = self._names.get(id(key))
+        if known is not None and self.parameter(known) is key:  # ids are given again
+            return known
+        for name, p in self.parameters().items():
             if p is key:
                 return name
         raise MissingStatistic(f"a parameter of shape {tuple(key.shape)} does not belong to the attached model")
@@ -165,14 +179,15 @@ class Handle(Readable):
         Raises: MissingStatistic if nothing was, or if the sums were not asked for; LifetimeError if the mean gradient
         is needed and p.grad was changed since the backward pass.
         """
-        name = self._names.get(id(key)) or self.name_of(key)
+        name = self.name_of(key)
         for need in needs:
             if need not in self.needs:
                 entries = [entry for entry in STATISTICS if need in keys(STATISTICS[entry]())]
                 way_out = f"attach(model, {entries[0]!r}, ...)" if entries else "give its statistic to attach"
                 raise MissingStatistic(f"{(entries or [need])[0]!r} was not collected: {way_out}")
         sums, size = self.sums(name, needs)
-        parameter = self.parameters()[name]
+        parameter = self.parameter(name)
+        assert parameter is not None
         gradient = parameter.grad if needs_gradient else None
         if gradient is not None and not self.untouched(name):
             raise LifetimeError(
@@ -187,16 +202,7 @@ class Handle(Readable):
         if self.loss_scale is None:
             return window
         name = self.name_of(key)
-        parameter = self.parameters()[name]
+        parameter = self.parameter(name)
+        assert parameter is not None
         gradient = 1.0 if window.gradient is None else self.loss_scale.of_gradient(name, parameter)
         return replace(window, loss_scale=self.loss_scale.of_squares(name, parameter), gradient_scale=gradient)
-
-
-def table(rows: Iterable[tuple[str, nn.Parameter, int | None, str, str]]) -> str:
-    """The coverage table from (parameter name, parameter, uses in a forward, what serves it, why)."""
-    cells = [("parameter", "shape", "uses", "served by", "why")]
-    for name, p, uses, served, why in rows:
-        count = "" if uses is None else str(uses)
-        cells.append((name, str(tuple(p.shape)), count, served if p.requires_grad else "frozen", why))
-    widths = [max(len(row[i]) for row in cells) for i in range(5)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)

@@ -22,7 +22,7 @@ from gradstats.errors import CoverageError
 from gradstats.function import Call, Gradients, LeafFunction, Sums, Use, autocast
 from gradstats.layout import FIRST, Layout, brought
 from gradstats.operators import token_of
-from gradstats.rules import Composite, Rule, fallback
+from gradstats.rules import Composite, Rule, alone, fallback
 from gradstats.rules.registry import checked
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Leaf:
         expanded = {name: expand({name: a.parameter}) for name, a in self.accounts.items()}
         output = fallback.run(call, layouts, expanded, n, self.loops)
         if self.loops and not self.random:
-            fallback.check_loop(call, output)
+            alone.check_loop(call, output)
         return output
 
     def _apply(

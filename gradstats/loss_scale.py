@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gradstats.errors import LifetimeError
+from gradstats.gradient import State, fresh, state_of
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Note:
     same: Tensor  # whether it was so in all others
     whole: Tensor  # whether p.grad still carried it whenever more was added
     largest: Tensor  # max |p.grad| after the last backward pass
-    left: tuple[int, int]
+    left: State  # of p.grad then
 
 
 class LossScale:
@@ -65,11 +66,11 @@ class LossScale:
 
     @torch.no_grad()
     def _arrives(self, p: Tensor) -> None:
-        note, grad = self._notes[p], p.grad
-        if note is None or grad is None or (note.left != state_of(grad) and not bool(grad.any())):
+        note = self._notes[p]
+        if note is None or p.grad is None or fresh(p.grad, note.left):
             self._arrived[p] = None
         else:
-            self._arrived[p] = largest(grad) == note.largest
+            self._arrived[p] = largest(p.grad) == note.largest
 
     @torch.no_grad()
     def _accumulated(self, p: Tensor) -> None:
@@ -133,9 +134,3 @@ def largest(gradient: Tensor) -> Tensor:
         return gradient.new_zeros(())
     low, high = torch.aminmax(gradient.to_dense())  # fifteen times as fast as the norm of order inf
     return torch.maximum(-low, high)
-
-
-def state_of(gradient: Tensor) -> tuple[int, int]:
-    """Address and version: a gradient that has both still was not changed by an operation of autograd's."""
-    values = gradient._values() if gradient.is_sparse else gradient
-    return values.data_ptr(), gradient._version

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from gradstats.arguments import Arguments, ExampleDims
 from gradstats.compute import LossFunction
-from gradstats.errors import CoverageError
+from gradstats.errors import CoverageError, GradstatsError
+from gradstats.handle import LOSS_REDUCTIONS
 from gradstats.layout import FIRST, Layout
-from gradstats.rules import fallback
+from gradstats.rules import alone, fallback
 
 
 def per_example_gradients(
@@ -34,6 +35,8 @@ def per_example_gradients(
     x is a tensor, a tuple of positional arguments or a dict of keyword arguments; tensors in it have the examples in
     front. Raises: CoverageError for models whose forward couples examples or has no batching rule.
     """
+    if loss_reduction not in LOSS_REDUCTIONS:
+        raise GradstatsError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, not {loss_reduction!r}")
     fallback.check(model)
     args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
     arguments = Arguments(args, kwargs, example_dims)
@@ -47,7 +50,7 @@ def per_example_gradients(
     otherwise = Layout(example_dims) if isinstance(example_dims, int) else FIRST
     call = fallback.OverExamples(model, type(model), args, kwargs)
     if n > 1:
-        fallback.compare(call, layouts, n)
+        alone.compare(call, layouts, n)
     rows, one = call.mapped(layouts, n), call.over(layouts)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 

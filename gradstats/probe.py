@@ -25,7 +25,7 @@ from gradstats.evidence import EXAMPLES, Mixes, changed_entries, misplaced
 from gradstats.findings import Findings, Visit, mixes
 from gradstats.forwards import NOT_NUDGED, CouldNotRun, Forwards, FunctionalUse
 from gradstats.layout import ONE, Layout
-from gradstats.rules import fallback
+from gradstats.rules import alone, fallback
 
 if TYPE_CHECKING:
     from gradstats.engines.fused import FusedHandle
@@ -143,7 +143,7 @@ class Probe:
             for self.forwards.shared in ((), (i,)):
                 with suppress(CoverageError):
                     results[self.forwards.shared] = self.run(rows)[1]
-            if len(results) == 2 and not fallback.same(*results.values()):
+            if len(results) == 2 and not alone.same(*results.values()):
                 raise CoverageError(
                     f"{type(self.module).__name__}: an argument of shape {tuple(self.arguments.values[i].shape)} could "
                     f"be one row an example or a square shared by all. Use another batch size, or say which: "
@@ -220,10 +220,10 @@ class Probe:
         try:
             with self.handle.probed_by(self.forwards):
                 try:
-                    leaf.random = fallback.compare(call, layouts, n, leaf.loops, gradient)
+                    leaf.random = alone.compare(call, layouts, n, leaf.loops, gradient)
                 except fallback.DoesNotVmap as error:
                     leaf.loops, leaf.why = True, f"{leaf.why}; {error}"
-                    leaf.random = fallback.compare(call, layouts, n, leaf.loops, gradient)
+                    leaf.random = alone.compare(call, layouts, n, leaf.loops, gradient)
         except CoverageError as error:
             raise CoverageError(f"{leaf.title}, {leaf.why}: {error}") from error
 

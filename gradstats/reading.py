@@ -120,7 +120,8 @@ class ByParameter(Mapping[str, Any]):
         return sum(1 for _ in self)
 
     def __contains__(self, key: object) -> bool:
-        return any(key == name for name in self) or any(key is self.handle.parameters()[name] for name in self)
+        served = ((name, p) for name, p in self.handle.parameters().items() if p.requires_grad)
+        return any(key is p if isinstance(key, Tensor) else key == name for name, p in served)
 
     def __repr__(self) -> str:
         return f"{self.statistic.name} of {len(self)} parameters, batch size {self.handle.batch_size}"

@@ -205,7 +205,12 @@ def statistic_of(wanted: Wanted) -> Statistic:
                 f"gradstats.BlockStatistic adds to it"
             )
         return STATISTICS[wanted]()
-    return wanted() if isinstance(wanted, type) else wanted
+    found = wanted() if isinstance(wanted, type) else wanted
+    if not isinstance(found, Statistic):
+        raise GradstatsError(
+            f"a statistic is a name or a Statistic, not {wanted!r}: attach(model, 'norms', 'variance')"
+        )
+    return found
 
 
 def reference_weight(batch_size: float, reference_batch_size: float) -> float:

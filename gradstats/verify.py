@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gradstats.arguments import ExampleDims
 from gradstats.caller import LEAF
 from gradstats.compute import LossFunction, call, compute
 from gradstats.definitions import comparable, define
@@ -64,6 +65,8 @@ def verify(
     loss_reduction: str = "mean",
     granularity: str = "example",
     microbatch_size: int | None = None,
+    ignore: Sequence[str] = (),
+    example_dims: ExampleDims = 0,
     dtype: torch.dtype = torch.float64,
     tolerance: float | None = None,
 ) -> Verification:
@@ -72,11 +75,13 @@ def verify(
 
     The error of a statistic of one parameter is ||a - b|| / max(||b||, 1e-6 ||b over all parameters||), b the oracle's;
     that of a variance is relative to the second moment, from which it is the difference. Signs, ratios and angles of
-    gradients that are zero but for rounding are not compared.
+    gradients that are zero but for rounding are not compared. An example's share are its rows of the outputs: a model
+    whose last operation mixes rows (logits of all pairs) is to be verified without it.
 
     Arguments:
         x, y, loss_fn: as for `compute`; a few examples are enough, two at least.
-        granularity, microbatch_size: as for `attach`; "token" has no oracle.
+        granularity, microbatch_size, ignore, example_dims: as for `attach`; "token" has no oracle, and the outputs have
+            the examples where example_dims says if it is a number.
         dtype: in which the statistics under test are computed, on a copy of the model; the oracle's is float64. With
             dropout, which draws other masks in another dtype, leave it at float64.
         tolerance: of the error; None takes 1e-8 for float64, 1e-4 for float32.
@@ -92,7 +97,11 @@ def verify(
     menu = [statistic_of(wanted) for wanted in statistics]
     state = torch.random.get_rng_state()
     contributions = per_example_oracle(
-        cast(copy.deepcopy(model), torch.float64), loss_fn, cast(x, torch.float64), cast(y, torch.float64)
+        cast(copy.deepcopy(model), torch.float64),
+        loss_fn,
+        cast(x, torch.float64),
+        cast(y, torch.float64),
+        example_dims if isinstance(example_dims, int) else 0,
     )
     torch.random.set_rng_state(state)
     tested = cast(copy.deepcopy(model), dtype)
@@ -106,6 +115,8 @@ def verify(
         loss_reduction,
         granularity,
         microbatch_size,
+        ignore,
+        example_dims,
     )
     gradients = {}
     for name, c in contributions.items():
@@ -138,7 +149,7 @@ def verify(
     return result
 
 
-def per_example_oracle(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) -> dict[str, Tensor]:
+def per_example_oracle(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, dim: int = 0) -> dict[str, Tensor]:
     """c_b of every trainable parameter, (B, *shape): a full forward, the batch loss's cotangent, then one backward per
     example with all other rows of the cotangent zeroed. Leaves the gradients of `model` None."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -149,12 +160,11 @@ def per_example_oracle(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any) 
         cut = {id(o): o.detach().requires_grad_() for o in outputs}
         loss = loss_fn(tree_map(lambda o: cut.get(id(o), o) if isinstance(o, Tensor) else o, output), y)
     cotangents = torch.autograd.grad(loss, list(cut.values()), allow_unused=True, materialize_grads=True)
-    n = outputs[0].shape[0]
+    n = outputs[0].shape[dim]
     contributions: dict[str, list[Tensor]] = {name: [] for name in named}
     for b in range(n):
-        share = [
-            torch.zeros_like(c).index_copy_(0, torch.tensor([b], device=c.device), c[b : b + 1]) for c in cotangents
-        ]
+        row = torch.tensor([b], device=outputs[0].device)
+        share = [torch.zeros_like(c).index_copy_(dim, row, c.narrow(dim, b, 1)) for c in cotangents]
         torch.autograd.backward(outputs, share, retain_graph=b < n - 1)
         for name, p in named.items():
             contributions[name].append(torch.zeros_like(p) if p.grad is None else p.grad)

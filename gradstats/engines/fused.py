@@ -19,9 +19,10 @@ from torch.nn.utils import parametrize
 from gradstats.account import Account
 from gradstats.arguments import Arguments, ExampleDims, count_examples, signature
 from gradstats.caller import LEAF, Caller
+from gradstats.coverage import ignored, table
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
-from gradstats.handle import Handle, table
+from gradstats.handle import Handle
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
 from gradstats.probe import Probe
@@ -53,7 +54,7 @@ class FusedHandle(Handle):
         self.due: dict[Any, int] = {}  # which of them is probed next
         self.probe_cost: tuple[float, ...] = (0, 0, 0, 0.0)  # probes, forwards, examples in all of them, seconds
         self.batch_norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self.ignored = self._ignored(ignore)
+        self.ignored = ignored(model, ignore)
         if any(LEAF in module.__dict__ for module in model.modules()):
             raise GradstatsError("the model is attached already: use gradstats.attached(model), or detach() it first")
         try:
@@ -73,17 +74,6 @@ class FusedHandle(Handle):
         self._names = {}
         self.probing: Forwards | None = None
         self.lifetime = Lifetime(list(self.accounts.values()))
-
-    def _ignored(self, ignore: Sequence[str]) -> set[int]:
-        """Parameters named, or within modules named, in `ignore`. Raises: GradstatsError for a name without any."""
-        found = set()
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        for entry in ignore:
-            own = [id(p) for name, p in named.items() if name == entry or name.startswith(entry + ".")]
-            if not own:
-                raise GradstatsError(f"ignore: no parameter or module is called '{entry}'")
-            found.update(own)
-        return found
 
     # Calls
 
@@ -153,6 +143,9 @@ class FusedHandle(Handle):
 
     # Leaves
 
+    def _ignores(self, p: nn.Parameter) -> bool:
+        return any(p is other for other in self.ignored.values())
+
     def __getstate__(self) -> dict[str, Any]:
         left = ("_names", "probing", "lifetime", "calls", "due")
         return {key: value for key, value in self.__dict__.items() if key not in left}
@@ -169,12 +162,12 @@ class FusedHandle(Handle):
         visited.add(id(module))
         checked(prefix, refuse_coupling, module)
         parametrized = parametrize.is_parametrized(module)
-        own = [p for p in module._parameters.values() if p is not None and id(p) not in self.ignored]
+        own = [p for p in module._parameters.values() if p is not None and not self._ignores(p)]
         rule = None if parametrized or not own else find(module)
         if rule is not None:
             self._add(module, prefix, rule, "")
         elif parametrized or any(p.requires_grad for p in own):
-            if any(p.requires_grad and id(p) not in self.ignored for p in module.parameters()):
+            if any(p.requires_grad and not self._ignores(p) for p in module.parameters()):
                 why = "is parametrized" if parametrized else "owns parameters and has no rule"
                 self._add(module, prefix, None, why)
         else:
@@ -185,7 +178,7 @@ class FusedHandle(Handle):
         checked(prefix, fallback.check if rule is None else rule.check, module)
         accounts = {}
         for name, p in module.named_parameters(recurse=rule is None):
-            if id(p) not in self.ignored:
+            if not self._ignores(p):
                 accounts[name] = self._account(module, prefix, name, p)
         leaf = Leaf(self, module, prefix, rule, accounts, why)
         swap(module, leaf)
@@ -240,6 +233,10 @@ class FusedHandle(Handle):
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: account.parameter for name, account in self.accounts.items() if account.present}
 
+    def parameter(self, name: str) -> nn.Parameter | None:
+        account = self.accounts.get(name)
+        return account.parameter if account is not None and account.present else None
+
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         account, found = self.accounts[name], {}
         for need in needs:
@@ -274,9 +271,7 @@ class FusedHandle(Handle):
                     if len(serving) > 1 or (account.uses or 0) > 1:
                         served = f"shared: {served}"
                     rows.append((account.name, account.parameter, account.uses, served, why))
-        for name, p in self.model.named_parameters():
-            if id(p) in self.ignored:
-                rows.append((name, p, None, "ignored", "named in ignore"))
+        rows += [(name, p, None, "ignored", "named in ignore") for name, p in self.ignored.items()]
         probes, forwards, examples, seconds = self.probe_cost
         cost = f"{probes:.0f} probes: {forwards:.0f} forwards, {examples:.0f} examples in all, {seconds:.2f} s"
         return f"{table(rows)}\n{cost if probes else 'not probed yet'}"

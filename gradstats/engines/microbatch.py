@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from gradstats.arguments import ExampleDims
 from gradstats.contribution import Dense
+from gradstats.coverage import ignored, table
 from gradstats.engines.passes import Pass, Passes
 from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
 from gradstats.function import no_autocast
-from gradstats.handle import Handle, handle_of, table
-from gradstats.loss_scale import state_of
+from gradstats.gradient import State, fresh, state_of, untouched
+from gradstats.handle import Handle, handle_of
 from gradstats.reading import ByParameter
 from gradstats.statistics import SecondMoment, SimpleNoiseScale, Variance, Wanted
 from gradstats.sums import GRADIENT, SQUARED_NORMS, SUMS, wide
@@ -42,7 +43,7 @@ class Sums:
     first: int  # the first of these passes
     totals: dict[str, Tensor] = field(default_factory=dict)
     steps: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # sums with an entry a pass
-    left: tuple[int, int] | None = None  # p.grad after the last pass
+    left: State | None = None  # of p.grad after the last pass
     unseen: bool = False  # p.grad holds more than the passes added
 
     def add(self, index: int, found: dict[str, Tensor]) -> None:
@@ -81,7 +82,7 @@ class MicrobatchHandle(Handle):
             self._check(statistic)
         if any(handle_of(p) is not None for p in model.parameters()):
             raise GradstatsError("the model is attached already: use gradstats.attached(model), or detach() it first")
-        self._ignored = self._named(ignore)
+        self._ignored = ignored(model, ignore)
         if not any(p.requires_grad for name, p in model.named_parameters() if name not in self._ignored):
             raise CoverageError(f"{type(model).__name__} has no trainable parameters")
         self._declared_size = microbatch_size
@@ -104,20 +105,11 @@ class MicrobatchHandle(Handle):
                 f"none: use engine='fused', or 'projection', whose inner products estimate it"
             )
 
-    def _named(self, ignore: Sequence[str]) -> set[str]:
-        named = [name for name, _ in self.model.named_parameters()]
-        found = {entry: [name for name in named if name == entry or name.startswith(entry + ".")] for entry in ignore}
-        for entry, names in found.items():
-            if not names:
-                raise GradstatsError(f"ignore: no parameter or module is called '{entry}'")
-        return {name for names in found.values() for name in names}
-
     # Backward
 
     def fresh(self, name: str) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-        grad = self.parameters()[name].grad
-        return grad is None or (not self.untouched(name) and not bool(grad.any()))
+        return fresh(self.parameters()[name].grad, self._left(name))
 
     @torch.no_grad()
     def commit(self, ended: Pass) -> None:
@@ -207,8 +199,10 @@ class MicrobatchHandle(Handle):
         return found[0]
 
     def untouched(self, name: str) -> bool:
-        grad, own = self.parameters()[name].grad, self._sums.get(name)
-        return grad is not None and own is not None and own.left == state_of(grad)
+        return untouched(self.parameters()[name].grad, self._left(name))
+
+    def _left(self, name: str) -> State | None:
+        return self._sums[name].left if name in self._sums else None
 
     def has(self, name: str) -> bool:
         return name in self._sums
@@ -219,8 +213,7 @@ class MicrobatchHandle(Handle):
 
     def coverage(self) -> str:
         rows = [(name, p, None, "micro-batches", "") for name, p in self.parameters().items()]
-        named = dict(self.model.named_parameters())
-        rows += [(name, named[name], None, "ignored", "named in ignore") for name in sorted(self._ignored)]
+        rows += [(name, p, None, "ignored", "named in ignore") for name, p in self._ignored.items()]
         return table(rows)
 
     def zero(self) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from gradstats.arguments import ExampleDims
 from gradstats.contribution import Contribution, Dense
+from gradstats.coverage import table
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
-from gradstats.handle import Handle, handle_of, table
+from gradstats.gradient import State, state_of, untouched
+from gradstats.handle import Handle, handle_of
 from gradstats.rules.registry import checked, refuse_coupling
 
 
@@ -56,7 +58,7 @@ class OpacusHandle(Handle):
             raise CoverageError(f"Opacus does not cover this model: {error}") from error
         self.hooks: list[Any] = [model.register_forward_pre_hook(self._refuse_evaluation)]
         self._passes: dict[str, int] = {}  # backward passes since the gradient was last None
-        self._left: dict[str, tuple[int, int]] = {}  # address and version of p.grad when it was last accumulated
+        self._left: dict[str, State] = {}  # of p.grad when it was last accumulated
         for name, p in self.parameters().items():
             self.register(p, name)
             if p.requires_grad:
@@ -74,7 +76,7 @@ class OpacusHandle(Handle):
 
     def _remember(self, name: str, p: Tensor) -> None:
         if p.grad is not None:
-            self._left[name] = (p.grad.data_ptr(), p.grad._version)
+            self._left[name] = state_of(p.grad)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -106,8 +108,7 @@ class OpacusHandle(Handle):
         return parts
 
     def untouched(self, name: str) -> bool:
-        grad = self.parameters()[name].grad
-        return grad is not None and self._left.get(name) == (grad.data_ptr(), grad._version)
+        return untouched(self.parameters()[name].grad, self._left.get(name))
 
     def has(self, name: str) -> bool:
         return getattr(self.parameters()[name], "grad_sample", None) is not None

@@ -2,6 +2,7 @@
 
 from gradstats.rules import (
     activation,
+    alone,
     bilinear,
     convolution,
     embedding,
@@ -20,6 +21,7 @@ __all__ = [
     "Composite",
     "Rule",
     "activation",
+    "alone",
     "bilinear",
     "convolution",
     "embedding",

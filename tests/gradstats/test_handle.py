@@ -443,3 +443,44 @@ def test_coverage_table():
     assert any("1.out_proj.bias" in line and "vmap over MultiheadAttention" in line for line in lines)
     assert any("2.bias" in line and "frozen" in line for line in lines)
     assert len(lines) == 2 + len(list(model.parameters()))
+
+
+class Functional(nn.Module):
+    """Uses a child's weight outside of it, so that the probe makes it a vmap leaf."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.a(x) @ self.b.weight + self.b(x)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_ignore_the_same_parameters(duplicate):
+    """Also when the boundary of a leaf moves up after the copy was made."""
+    model = nn.Sequential(Functional())
+    attach(model, ignore=["0.a.weight"])
+    other = duplicate(model)
+    other(torch.randn(4, 3)).sum().backward()
+    stats = gradstats.attached(other)
+    assert list(stats.second_moment) == ["0.a.bias", "0.b.weight", "0.b.bias"]
+    assert "0.a.weight (3, 3) ignored" in " ".join(stats.coverage().split())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "way_out"),
+    [
+        (lambda model: attach(model, ["norms"]), "a statistic is a name"),
+        (lambda model: attach(model, ignore="0.weight"), r"ignore=\['0.weight'\]"),
+        (lambda model: gradstats.per_example_gradients(model, loss_of, None, None, loss_reduction="maen"), "maen"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(setting, wrong, way_out):
+    model, _, _, _, handle = setting
+    handle.detach()
+    with pytest.raises(MissingStatistic, match="is detached"):
+        handle.second_moment["0.weight"]
+    with pytest.raises(GradstatsError, match=way_out):
+        wrong(model)
+    assert repr(attach(model)).startswith("FusedHandle(Sequential: second_moment")

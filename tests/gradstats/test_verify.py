@@ -139,3 +139,11 @@ def test_every_statistic_can_fail(problem, monkeypatch, name):
 def test_single_positions_have_no_oracle(problem):
     with pytest.raises(gradstats.GradstatsError, match="no oracle"):
         gradstats.verify(*problem, granularity="token")
+
+
+def test_positions_first_and_ignored_parameters():
+    model, x = nn.LSTM(4, 3), torch.randn(6, 5, 4)
+    found = gradstats.verify(
+        model, lambda output, y: output[0].square().mean(), x, None, ignore=["bias_hh_l0"], example_dims=1
+    )
+    assert {row.parameter for row in found.rows} == {"weight_ih_l0", "weight_hh_l0", "bias_ih_l0"}

@@ -450,3 +450,11 @@ def test_detach_leaves_the_model_as_it_was_and_nothing_leaks():
     del model, stats
     gc.collect()
     assert reference() is None
+
+
+def test_ignored_by_any_of_its_names():
+    embedding, head, body = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False), nn.Linear(4, 4)
+    model = nn.ModuleDict({"embedding": embedding, "head": head, "body": body})
+    head.weight = embedding.weight
+    stats = attach(model, engine="microbatch", ignore=["head.weight"])
+    assert list(stats.second_moment) == ["body.weight", "body.bias"]
