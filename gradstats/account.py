@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstats.errors import CoverageError, LifetimeError
-from gradstats.gradient import State, fresh, state_of, untouched
+from gradstats.gradient import State, fresh, same_sample, sample, state_of, untouched
 from gradstats.sums import SUMS, RawSum
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Account:
         self._hooks: list[Any] = []
         self._returned: list[tuple[Tensor, int]] = []  # gradients in the backward under way, with their versions
         self._left: State | None = None  # of p.grad when it was last accumulated
+        self._sample: Tensor | None = None  # of its entries, if statistics are read from them too
         self._explained = False  # the gradient that arrived last was the leaf's
         self._cast_seen = False
 
@@ -174,13 +175,14 @@ class Account:
     def _accumulated(self, p: Tensor) -> None:
         if p.grad is not None and self._explained:
             self._left = state_of(p.grad)
+            self._sample = sample(p.grad) if self.handle.reads_gradient else None
 
     def _outside(self, incoming: Tensor) -> CoverageError:
         return CoverageError(
             f"parameter '{self.name}' {tuple(incoming.shape)} receives gradient from outside of its layer (a "
             f"functional use of the weight, a penalty added to the loss, or a hook that changes the gradient), so its "
-            f"per-example statistics would be incomplete. Use the layer only by calling it, apply penalties in the "
-            f"optimizer (weight_decay), or attach(model, engine='vmap'), or ignore=['{self.name}']."
+            f"per-example statistics would be incomplete. Use the weight inside of the attached module's forward only, "
+            f"apply penalties in the optimizer (weight_decay), or ignore=['{self.name}']."
         )
 
     # Window
@@ -189,6 +191,12 @@ class Account:
     def untouched(self) -> bool:
         """Whether p.grad is as the last backward pass left it."""
         return untouched(self.parameter.grad, self._left)
+
+    @property
+    def unchanged(self) -> bool:
+        """The same, by values too: some change p.grad and leave no mark on it. Waits for the device."""
+        grad = self.parameter.grad
+        return self.untouched and grad is not None and same_sample(grad, self._sample)
 
     @property
     def fresh(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 State = tuple[int, int]
@@ -21,3 +22,13 @@ def untouched(gradient: Tensor | None, left: State | None) -> bool:
 def fresh(gradient: Tensor | None, left: State | None) -> bool:
     """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
     return gradient is None or (not untouched(gradient, left) and not bool(gradient.any()))
+
+
+def sample(gradient: Tensor) -> Tensor:
+    """Sixteen entries, in which shows what leaves no mark on the tensor: GradScaler.unscale_, changes of .data."""
+    values = gradient.detach()._values() if gradient.is_sparse else gradient.detach()
+    return values.reshape(-1)[:: max(1, values.numel() // 16)][:16].clone()
+
+
+def same_sample(gradient: Tensor, noted: Tensor | None) -> bool:
+    return noted is None or torch.allclose(sample(gradient), noted, rtol=0, atol=0, equal_nan=True)

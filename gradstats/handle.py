@@ -64,6 +64,11 @@ class Handle(Readable):
         self.loss_scale: LossScale | None = None
         self._names: dict[int, str] = {}  # id of a registered parameter -> its full name
 
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether statistics are read from p.grad too, so that a change of it must be noticed."""
+        return self.loss_scale is None and any(s.needs_gradient for s in self.statistics.values())
+
     # What an engine provides
 
     @abstractmethod
@@ -192,7 +197,8 @@ class Handle(Readable):
         if gradient is not None and not self.untouched(name):
             raise LifetimeError(
                 f"the gradient of '{name}' was changed in place after the backward pass (clipping, unscaling), so it "
-                f"no longer fits the squares. Read this statistic before, and clip with the optimizer's max_norm."
+                f"no longer fits the squares. Read this statistic before, clip with the optimizer's max_norm, and name "
+                f"a GradScaler: attach(..., grad_scaler=scaler)."
             )
         return Window(sums, gradient, size, self.loss_reduction, parameter.numel())
 

@@ -164,7 +164,9 @@ class Probe:
             raise CoverageError(
                 f"{leaf.title}, which owns {names}, {why}: what it does for one example depends on the other examples, "
                 f"or cannot be told from that, and there is no module around it that could run under vmap instead. "
-                f"Attach a module whose forward takes the whole batch, or ignore=[...] these parameters"
+                f"If the arguments have the examples elsewhere than in the first dimension, say where: "
+                f"attach(model, example_dims=1). Else attach a module whose forward takes the whole batch, or "
+                f"ignore=[...] these parameters"
             )
         self._adopt(above[-1], f"'{leaf.prefix}' {why}")
 

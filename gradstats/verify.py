@@ -160,6 +160,11 @@ def per_example_oracle(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, 
         cut = {id(o): o.detach().requires_grad_() for o in outputs}
         loss = loss_fn(tree_map(lambda o: cut.get(id(o), o) if isinstance(o, Tensor) else o, output), y)
     cotangents = torch.autograd.grad(loss, list(cut.values()), allow_unused=True, materialize_grads=True)
+    if not outputs or any(o.dim() <= dim for o in outputs):
+        raise GradstatsError(
+            "verify cuts the model at its outputs, which must run over the examples: call it without labels, and take "
+            "the loss in loss_fn"
+        )
     n = outputs[0].shape[dim]
     contributions: dict[str, list[Tensor]] = {name: [] for name in named}
     for b in range(n):

@@ -250,7 +250,7 @@ class FusedHandle(Handle):
         return found, account.batch_size
 
     def untouched(self, name: str) -> bool:
-        return self.accounts[name].untouched
+        return self.accounts[name].unchanged
 
     def has(self, name: str) -> bool:
         return bool(self.accounts[name].generations)

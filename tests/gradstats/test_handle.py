@@ -199,7 +199,7 @@ REFUSED = [refused_siamese, refused_two_in_flight, refused_second_backward, refu
         (refused_two_in_flight, r"stats.new_examples\(\)"),
         (refused_second_backward, "backpropagated twice"),
         (refused_penalty, r"ignore=\['0.weight'\]"),
-        (refused_functional_use, r"attach\(model, engine='vmap'\)"),
+        (refused_functional_use, "inside of the attached module's forward only"),
         (refused_flattened_batch, "Call the layers from one module's forward"),
     ],
 )

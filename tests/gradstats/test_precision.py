@@ -276,3 +276,22 @@ def test_gradient_taken_away_by_a_hook():
     backpropagate(model, x, y, scaler, B)
     with pytest.raises(LifetimeError, match="'0.weight' is not known.*Leave p.grad"):
         stats.second_moment["0.weight"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, scaler, optimizer: scaler.unscale_(optimizer),
+        lambda model, scaler, optimizer: model[0].weight.grad.data.mul_(0.5),
+    ],
+)
+def test_unscaled_without_naming_the_scaler_is_refused(change):
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(6, 4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stats = gradstats.attach(model, "variance", "second_moment")
+    scaler.scale(model(x).square().mean()).backward()
+    assert torch.isfinite(stats.variance["0.weight"]).all()
+    change(model, scaler, optimizer)
+    with pytest.raises(gradstats.LifetimeError, match="grad_scaler=scaler"):
+        stats.variance["0.weight"]
