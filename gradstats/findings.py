@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gradstats.errors import CoverageError
 from gradstats.evidence import Mixes, Unclear, layouts_of, met
-from gradstats.layout import ONE, Layout
-from gradstats.rules import Composite, fallback
+from gradstats.layout import NEW, ONE, Layout
+from gradstats.rules import Composite, Rule, fallback
 
 if TYPE_CHECKING:
     from gradstats.leaf import Leaf
@@ -64,7 +64,7 @@ class Findings:
         """Layouts of earlier probes stay, or become more general."""
         layouts = visit.leaf.layouts.get(visit.key)
         if layouts is not None:
-            self._meet(visit, [frozenset([layout]) for layout in layouts])
+            self._meet(visit, [frozenset([None if layout == NEW else layout]) for layout in layouts])
 
     def _meet(self, visit: Visit, places: list[Places]) -> None:
         kind = visit.leaf, visit.key
@@ -83,6 +83,13 @@ class Findings:
             except Unclear as reason:
                 self.unclear(visit, str(reason))
         return found
+
+    @staticmethod
+    def repeatable(visit: Visit) -> bool:
+        """Whether a call with an input that all examples share, like positions (t,), can be made with one an example:
+        where leading dimensions are alike. What becomes of the result is checked."""
+        rule, x = visit.leaf.rule, visit.inputs[0]
+        return isinstance(x, Tensor) and rule is not None and issubclass(rule, Rule) and rule.leading_alike
 
     def _places(self, visit: Visit, small: Visit, other: Visit, example: int) -> list[Places]:
         places = []
@@ -106,6 +113,8 @@ class Findings:
             for o, layout in zip(visit.outputs, layouts[len(visit.inputs) :], strict=True):
                 if layout is None and o.requires_grad:
                     raise Unclear("returns a tensor that depends on parameters but does not run over the examples")
+        elif len(layouts) == 1 and layouts[0] is None and self.repeatable(visit):
+            return (NEW,)
         elif not told or (layouts[0] is None and isinstance(visit.inputs[0], Tensor)):
             raise Unclear("is called with an input that does not run over the examples")
         elif issubclass(rule, Composite):

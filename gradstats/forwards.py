@@ -15,7 +15,7 @@ from gradstats.arguments import Arguments
 from gradstats.errors import CoverageError, GradstatsError
 from gradstats.evidence import EXAMPLES, nudge
 from gradstats.findings import PACKED, Visit
-from gradstats.layout import ONE, Layout
+from gradstats.layout import NEW, ONE, Layout
 from gradstats.rules import Composite, fallback
 from gradstats.watch import FunctionalUses, reached, undisturbed
 
@@ -130,11 +130,8 @@ class Forwards:
                     self.oddities.append(Oddity(leaf, callers, f"is called otherwise than its rule expects: {error}"))
                 key = tuple(x.dim() if isinstance(x, Tensor) else None for x in inputs)
             layouts = leaf.layouts.get(key) if self.nudged is not None else None
-            if layouts is not None and call is None and ONE in layouts:
-                n = EXAMPLES
-                args, kwargs = tree_map(
-                    lambda v: ONE.rows(v, n) if isinstance(v, Tensor) and v.shape[:1] == (1,) else v, (args, kwargs)
-                )
+            if layouts is not None and call is None and any(layout and layout.repeats for layout in layouts):
+                args, kwargs = tree_map(lambda v: repeated(v, NEW in layouts), (args, kwargs))
             output = kind.forward(leaf.module, *args, **kwargs)
             if layouts is not None:
                 output = self._nudge(output, layouts, call)
@@ -151,7 +148,7 @@ class Forwards:
         """What all examples share, repeated for each, and changed for one of them."""
         example = self.nudged or 0
         if call is None:
-            return nudge(output, example) if ONE in layouts else output
+            return nudge(output, example) if ONE in layouts or NEW in layouts else output
         known = iter(layouts[len(call.flat) :])
 
         def repeat(o: Any) -> Any:
@@ -177,9 +174,18 @@ class Forwards:
                 self.uses.append(FunctionalUse("an autograd.Function", self.tracked[parameter], tuple(callers)))
 
 
+def repeated(value: Any, in_front: bool) -> Any:
+    """What all examples share, once for each."""
+    if not isinstance(value, Tensor) or not (in_front or value.shape[:1] == (1,)):
+        return value
+    return (NEW if in_front else ONE).rows(value, EXAMPLES)
+
+
 def digest(x: Any, layout: Layout | None, n: int) -> Tensor | None:
     """A number a row of x, which tells whether the row has changed."""
     if not isinstance(x, Tensor) or layout is None or not layout.fits(x, n):
+        return None
+    if layout.new:
         return None
     rows = layout.rows(x.detach(), n).flatten(1) if x.dim() > 1 else x.detach().unsqueeze(1)
     rows = rows if rows.is_floating_point() else rows.double()

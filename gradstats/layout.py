@@ -17,16 +17,24 @@ class Layout:
     """Dimension `dim` has an entry an example; or, `folded`, n f of them: f consecutive ones an example, or, if
     `fastest`, every n-th one.
 
-    `one`: it has a single entry, which all examples share; it is repeated for each of them.
+    `one`: it has a single entry, which all examples share; it is repeated for each of them. `new`: all examples share
+    the tensor, which is repeated for each of them in a dimension in front.
     """
 
     dim: int = 0
     folded: bool = False
     fastest: bool = False
     one: bool = False
+    new: bool = False
+
+    @property
+    def repeats(self) -> bool:
+        return self.one or self.new
 
     def fits(self, x: Tensor, n: int) -> bool:
         """Whether x can have its n examples there."""
+        if self.new:
+            return True
         size = x.shape[self.dim]
         return size == n or n == 1 or (self.one and size == 1) or (self.folded and size % n == 0)
 
@@ -36,12 +44,14 @@ class Layout:
             return self
         if other.one and self == FIRST:
             return other
-        if self.dim != other.dim or self.one or other.one or (self.folded and other.folded):
+        if self.dim != other.dim or self.repeats or other.repeats or (self.folded and other.folded):
             return None
         return self if self.folded else other
 
     def rows(self, x: Tensor, n: int) -> Tensor:
         """x (.., n f, ..) as (n f, ...), examples slowest."""
+        if self.new:
+            return x.expand(n, *x.shape)
         if self.one and x.shape[0] == 1:
             return x.expand(n, *x.shape[1:])
         if self.dim:
@@ -67,6 +77,7 @@ class Layout:
 
 FIRST = Layout()
 ONE = Layout(one=True)
+NEW = Layout(new=True)
 
 
 def brought(x: Any, layout: Layout | None, n: int) -> Any:

@@ -24,7 +24,7 @@ from gradstats.errors import CoverageError
 from gradstats.evidence import EXAMPLES, Mixes, changed_entries, misplaced
 from gradstats.findings import Findings, Visit, mixes
 from gradstats.forwards import NOT_NUDGED, CouldNotRun, Forwards, FunctionalUse
-from gradstats.layout import ONE, Layout
+from gradstats.layout import NEW, ONE, Layout
 from gradstats.rules import alone, fallback
 
 if TYPE_CHECKING:
@@ -233,35 +233,54 @@ class Probe:
         self, findings: Findings, layouts: Mapping[Any, Layouts], reached: Sequence[Tensor | None]
     ) -> None:
         """What is repeated for every example must reach that example only: nothing that the first example does not."""
-        repeated = [leaf for (leaf, _), found in layouts.items() if ONE in found]
+        repeated = [leaf for (leaf, _), found in layouts.items() if ONE in found or NEW in found]
         if not repeated:
             return
-        titles = ", ".join(leaf.title for leaf in dict.fromkeys(repeated))
-        refusal = CoverageError(
-            f"{titles}: called once for all examples, and the result reaches them in a way that does not run along its "
-            f"first dimension. Call it with one row an example, or attach(model, engine='vmap')"
-        )
+        reason = self._misses(layouts, reached)
+        if reason is None:
+            return
+        in_front = [findings.visits[kind] for kind, found in layouts.items() if NEW in found]
+        for visit in in_front:
+            self._move(visit.leaf, visit.callers, "is called with an input that does not run over the examples")
+        if not in_front:
+            titles = ", ".join(leaf.title for leaf in dict.fromkeys(repeated))
+            raise CoverageError(
+                f"{titles}: called once for all examples, and the result reaches them in a way that does not run along "
+                f"its first dimension. Call it with one row an example, or attach(model, engine='vmap')"
+            ) from reason
+
+    def _misses(self, layouts: Mapping[Any, Layouts], reached: Sequence[Tensor | None]) -> Exception | None:
+        """Why what is repeated for every example does not do what it did, or reaches other examples too."""
+        _, plain = self.run(range(EXAMPLES))
         runs = []
         for self.forwards.nudged in (NOT_NUDGED, 0):
             try:
                 runs.append(self.run(range(EXAMPLES)))
             except CoverageError as error:
-                raise refusal from error
+                return error
             finally:
                 self.forwards.nudged = None
         (still, before), (changed, after) = runs
+        if not alone.close(plain, before):
+            return ValueError("the output changes when it is repeated")
         for visit, other in zip(still, changed, strict=True):
-            for layout, x, y in zip(layouts.get((visit.leaf, visit.key), ()), visit.inputs, other.inputs, strict=False):
+            known = layouts.get((visit.leaf, visit.key))
+            if known is None:
+                return ValueError(f"{visit.leaf.title} is called in another way when it is repeated")
+            for layout, x, y in zip(known, visit.inputs, other.inputs, strict=False):
                 # Not what the call itself repeats.
-                if isinstance(x, Tensor) and layout is not None and x.shape[layout.dim] % EXAMPLES == 0:
+                if layout is None or layout.new or not isinstance(x, Tensor):
+                    continue
+                if x.shape[layout.dim] % EXAMPLES == 0:
                     entry = torch.arange(x.shape[layout.dim])[changed_entries(x, y, layout.dim).cpu()]
                     owner = entry % EXAMPLES if layout.fastest else entry // (x.shape[layout.dim] // EXAMPLES)
                     if bool(owner.any()):
-                        raise refusal
+                        return ValueError(f"other examples' rows change in {visit.leaf.title}")
         for a, b, own in zip(before, after, reached, strict=True):
             changes = entries(a, b)
             if own is not None and changes is not None and bool((changes & ~own).any()):
-                raise refusal
+                return ValueError("other examples' rows change in the output")
+        return None
 
 
 def entries(a: Tensor, b: Tensor) -> Tensor | None:

@@ -484,3 +484,37 @@ def test_arguments_of_the_wrong_kind_are_named(setting, wrong, way_out):
     with pytest.raises(GradstatsError, match=way_out):
         wrong(model)
     assert repr(attach(model)).startswith("FusedHandle(Sequential: second_moment")
+
+
+class OneDimensionalPositions(nn.Module):
+    """Position ids (t,), a tied head and the loss beside the logits, as many a GPT is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(7, 4), nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids, targets=None):
+        logits = self.head((self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))).tanh())
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def test_position_ids_without_a_dimension_of_examples():
+    model, ids, targets = OneDimensionalPositions(), torch.randint(0, 7, (5, 6)), torch.randint(0, 7, (5, 6))
+    gradstats.verify(model, lambda out, y: F.cross_entropy(out[0].flatten(0, 1), y.flatten()), ids, targets)
+    handle = attach(model)
+    model(ids, targets)[1].backward()
+    assert "positions.weight  (6, 4)  1     rule Embedding" in handle.coverage()
+
+
+def test_what_all_examples_share_and_does_not_broadcast_moves_the_boundary():
+    class Bias(OneDimensionalPositions):
+        def forward(self, ids, targets=None):
+            return self.head(self.tokens(ids)) + self.positions(torch.arange(6)).t().sum(0)[: ids.shape[1]].unsqueeze(1)
+
+    model, ids = Bias(), torch.randint(0, 7, (5, 6))
+    gradstats.verify(model, lambda out, y: out.square().mean(), ids, None)
+    handle = attach(model)
+    handle.probe(ids)
+    assert "vmap over Bias" in handle.coverage()
