@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradstats.errors import MissingStatistic
 from gradstats.statistics import Wanted, statistic_of
 from gradstats.window import Statistic, Window
 
@@ -135,9 +136,12 @@ class ByParameter(Mapping[str, Any]):
     def total(self) -> Any:
         """The statistic of the whole gradient. A parameter without a gradient contributes nothing to it.
 
-        Raises: GradstatsError for statistics that have an entry for every element.
+        Raises: GradstatsError for statistics that have an entry for every element; MissingStatistic.
         """
-        return self.statistic.total(self._windows())
+        windows = self._windows()
+        if not windows:
+            raise MissingStatistic("nothing was backpropagated through the attached model, or its handle is detached")
+        return self.statistic.total(windows)
 
     def _windows(self) -> list[Window]:
         return [self._window(name) for name in self.handle.parameters() if self.handle.has(name)]

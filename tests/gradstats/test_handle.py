@@ -481,6 +481,9 @@ def test_arguments_of_the_wrong_kind_are_named(setting, wrong, way_out):
     handle.detach()
     with pytest.raises(MissingStatistic, match="is detached"):
         handle.second_moment["0.weight"]
+    with pytest.raises(MissingStatistic, match="is detached"):
+        _ = attach(model, "norms").norms.total
+    gradstats.attached(model).detach()
     with pytest.raises(GradstatsError, match=way_out):
         wrong(model)
     assert repr(attach(model)).startswith("FusedHandle(Sequential: second_moment")
