@@ -6,6 +6,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import gradstats
 from tests import oracle
@@ -14,14 +15,20 @@ from tests import oracle
 drawn = settings(max_examples=40, deadline=None)
 
 
-def check(model: nn.Module, x: torch.Tensor | dict[str, Any]) -> None:
-    model = model.double()
+# Not for normalisation, which magnifies the rounding of float32 where all numbers it sees are alike.
+dtypes = st.sampled_from([torch.float64, torch.float32])
+
+
+def check(model: nn.Module, x: torch.Tensor | dict[str, Any], dtype: torch.dtype = torch.float64) -> None:
+    model = model.to(dtype)
+    x = tree_map(lambda t: t.to(dtype) if t.is_floating_point() else t, x)
     examples = len(next(iter(x.values())) if isinstance(x, dict) else x)
-    weights = torch.rand(examples, dtype=torch.float64) + 0.5
+    weights = torch.rand(examples, dtype=dtype) + 0.5
     expected = oracle.contributions(model, oracle.coupled_loss, x, weights)
     with gradstats.attach(model, *oracle.STATISTICS) as handle:
         oracle.coupled_loss(oracle.call(model, x), weights).backward()
-        assert oracle.exact(handle, expected)
+        limit = 1e-10 if dtype == torch.float64 else 1e-4
+        assert oracle.worst(oracle.errors(handle, expected)) <= limit
 
 
 @given(st.data())
@@ -31,7 +38,7 @@ def test_linear(data):
     leading = data.draw(st.lists(size, max_size=3))
     inputs, outputs = data.draw(size), data.draw(size)
     x = torch.randn(data.draw(st.integers(2, 6)), *leading, inputs, dtype=torch.float64)
-    check(nn.Linear(inputs, outputs, bias=data.draw(st.booleans())), x)
+    check(nn.Linear(inputs, outputs, bias=data.draw(st.booleans())), x, data.draw(dtypes))
 
 
 @given(st.data())
@@ -57,7 +64,7 @@ def test_convolution(data):
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1](
         inputs, outputs, kernel, stride, padding, dilation, groups, bias=data.draw(st.booleans()), padding_mode=mode
     )
-    check(layer, torch.randn(3, inputs, *extent, dtype=torch.float64))
+    check(layer, torch.randn(3, inputs, *extent, dtype=torch.float64), data.draw(dtypes))
 
 
 @given(st.data())
@@ -77,7 +84,7 @@ def test_transposed_convolution(data):
     layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1](
         inputs, outputs, kernel, stride, padding, beyond, groups, data.draw(st.booleans()), dilation
     )
-    check(layer, torch.randn(3, inputs, *extent, dtype=torch.float64))
+    check(layer, torch.randn(3, inputs, *extent, dtype=torch.float64), data.draw(dtypes))
 
 
 @given(st.data())
@@ -103,7 +110,9 @@ def test_embedding(data):
     ids = torch.randint(0, rows, (data.draw(st.integers(2, 5)), *data.draw(st.lists(size, max_size=2))))
     padding = data.draw(st.none() | st.integers(-rows, rows - 1))
     frequency = data.draw(st.booleans())
-    check(nn.Embedding(rows, data.draw(size), padding_idx=padding, scale_grad_by_freq=frequency), ids)
+    check(
+        nn.Embedding(rows, data.draw(size), padding_idx=padding, scale_grad_by_freq=frequency), ids, data.draw(dtypes)
+    )
 
 
 @given(st.data())
@@ -126,4 +135,4 @@ def test_bilinear(data):
     leading = [data.draw(st.integers(2, 5)), *data.draw(st.lists(size, max_size=2))]
     first, second = data.draw(size), data.draw(size)
     x = {f"input{i + 1}": torch.randn(*leading, width, dtype=torch.float64) for i, width in enumerate((first, second))}
-    check(nn.Bilinear(first, second, data.draw(size), bias=data.draw(st.booleans())), x)
+    check(nn.Bilinear(first, second, data.draw(size), bias=data.draw(st.booleans())), x, data.draw(dtypes))
