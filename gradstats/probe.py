@@ -108,7 +108,7 @@ class Probe:
         first batches are often full. A model may not bear that, nor other lengths, nor (all ids zero) any other."""
         for how in ("altered", "another", "same length"):
             if how != "altered" or example == 1:
-                with suppress(CoverageError):
+                with suppress(CouldNotRun):
                     return self.run(rows, (example, how))
         return self.run(rows)
 
@@ -134,7 +134,7 @@ class Probe:
             try:
                 self.run(rows)
                 return
-            except CoverageError:
+            except CouldNotRun:
                 doubtful = self.arguments.later
                 if not doubtful:
                     raise
