@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gradstats.errors import GradstatsError
-from gradstats.units import Exponential
+from gradstats.units import DebiasedEWMA
 
 
 class NoiseEstimate(NamedTuple):
@@ -66,7 +66,7 @@ class NoiseScale:
     def update(self, estimate: NoiseEstimate, batch_size: int) -> None:
         """Adds the estimates from a batch."""
         self.examples += batch_size
-        w = Exponential(1 - 1 / self.horizon).weight(batch_size, self.examples)
+        w = DebiasedEWMA(1 - 1 / self.horizon).weight(batch_size, self.examples)
         g = float(estimate.gradient_squared) - self.gradient_squared
         t = float(estimate.trace) - self.trace
         self.gradient_squared += w * g

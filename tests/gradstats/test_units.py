@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradstats import GradstatsError
-from gradstats.units import Exponential, Slides, average
+from gradstats.units import DebiasedEWMA, Slides, average
 
 RHO = st.floats(0.01, 0.999999)
 BATCHES = st.lists(st.integers(1, 300), min_size=1, max_size=12)
@@ -32,15 +32,17 @@ def test_exponential_weights_examples_by_age(rho, batches):
     weights = [(1 - rho**b) * rho ** (total - sum(batches[: i + 1])) for i, b in enumerate(batches)]
     expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
     assert len(owner) == total
-    assert math.isclose(run(Exponential(rho), batches, values), expected, rel_tol=1e-9, abs_tol=1e-9)
+    assert math.isclose(run(DebiasedEWMA(rho), batches, values), expected, rel_tol=1e-9, abs_tol=1e-9)
 
 
 @given(rho=RHO, batches=BATCHES, parts=st.integers(2, 5), horizon=st.integers(1, 2000))
 def test_splitting_batches_changes_nothing(rho, batches, parts, horizon):
     """Parts of a batch that carry the same value leave the exponential average where the whole batch does."""
     values = [math.sin(i + 1) for i in range(len(batches))]
-    whole = run(Exponential(rho), [b * parts for b in batches], values)
-    split = run(Exponential(rho), [b for b in batches for _ in range(parts)], [v for v in values for _ in range(parts)])
+    whole = run(DebiasedEWMA(rho), [b * parts for b in batches], values)
+    split = run(
+        DebiasedEWMA(rho), [b for b in batches for _ in range(parts)], [v for v in values for _ in range(parts)]
+    )
     assert math.isclose(whole, split, rel_tol=1e-9, abs_tol=1e-12)
 
 
@@ -51,7 +53,7 @@ def test_exponential_is_adams_debiased_average_at_the_tuned_batch_size(beta, b, 
     for value in values:
         m = beta * m + (1 - beta) * value
     adam = m / (1 - beta**steps)
-    assert math.isclose(run(average("exponential", beta, b), [b] * steps, values), adam, rel_tol=1e-7, abs_tol=1e-9)
+    assert math.isclose(run(average("debiased_ewma", beta, b), [b] * steps, values), adam, rel_tol=1e-7, abs_tol=1e-9)
 
 
 @given(batches=BATCHES)
@@ -65,8 +67,8 @@ def test_slides_average_is_the_plain_mean_within_the_horizon(batches):
 def test_weights_are_weights(b, e, horizon):
     e = max(b, e)
     assert 0 < Slides(horizon).weight(b, e) <= 1
-    assert 0 < Exponential(1 - 1 / (horizon + 1)).weight(b, e) <= 1
-    assert Exponential(0.0).weight(b, e) == 1
+    assert 0 < DebiasedEWMA(1 - 1 / (horizon + 1)).weight(b, e) <= 1
+    assert DebiasedEWMA(0.0).weight(b, e) == 1
 
 
 def test_slides_horizon_has_torchs_limit_weight():
@@ -74,5 +76,5 @@ def test_slides_horizon_has_torchs_limit_weight():
 
 
 def test_unknown_average():
-    with pytest.raises(GradstatsError, match="exponential"):
+    with pytest.raises(GradstatsError, match="debiased_ewma"):
         average("linear", 0.9, 1)

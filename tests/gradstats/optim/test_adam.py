@@ -73,7 +73,7 @@ class Quartic(nn.Module):
 
 @pytest.mark.parametrize("sizes", [[64] * 20, [4] * 60, [1] * 60, [1, 7, 64, 3, 2, 1, 16, 256, 5] * 5])
 @pytest.mark.parametrize("r", [1, 4, 64])
-@pytest.mark.parametrize("average", ["exponential", "slides"])
+@pytest.mark.parametrize("average", ["debiased_ewma", "slides"])
 def test_follows_its_equations(sizes, r, average):
     model = Quartic()
     handle = attach(model)
@@ -371,7 +371,7 @@ def test_decay_above_one_is_refused():
     ],
 )
 def test_invalid_options(name, value):
-    with pytest.raises(GradstatsError, match=name if name != "average" else "exponential"):
+    with pytest.raises(GradstatsError, match=name if name != "average" else "debiased_ewma"):
         BatchInvariantAdam(nn.Linear(2, 2).parameters(), **{name: value})
     with pytest.raises(GradstatsError, match="horizons"):
         BatchInvariantAdam.in_examples(nn.Linear(2, 2).parameters(), horizons=(0.5, 10))

@@ -1,0 +1,374 @@
+"""What all optimizers share: statistics found through the parameters, time counted in examples, the contract of torch.
+
+A step goes one way: gradients and their windows, grouped by what their step has in common -> scalars of each group ->
+the optimizer's equation, over all its elements.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradstats.errors import GradstatsError, MissingStatistic
+from gradstats.handle import handle_of
+from gradstats.optim.elementwise import WORTH_COMPILING, Columns, compiler, run
+from gradstats.optim.update import STATISTICS, Update
+from gradstats.sums import accumulation_dtype
+from gradstats.units import AVERAGES
+from gradstats.window import Window
+
+
+@dataclass(frozen=True)
+class Age:
+    """What decides the scalars of a parameter's step: B, and the examples that its state has seen, B included."""
+
+    batch_size: int
+    examples: int
+    younger: tuple[tuple[str, int], ...] = ()  # buffers that have seen fewer
+
+    @property
+    def of_buffers(self) -> dict[str, int]:
+        return dict(self.younger)
+
+
+Found = tuple[int, Tensor, Window]  # the group's index, the parameter, what was backpropagated through it
+
+
+@dataclass
+class Part:
+    """Parameters whose step has everything in common but the elements."""
+
+    group: dict[str, Any]
+    age: Age
+    update: Update
+    scalars: dict[str, Any]
+    windows: list[Window] = field(default_factory=list)
+    columns: Columns = field(default_factory=dict)  # "parameter", "gradient", raw sums and buffers, in one order
+
+
+class ExampleOptimizer(Optimizer):
+    """An optimizer that counts time in examples. Subclasses give the equation (`update`) and its scalars.
+
+    Options common to all:
+        lr: as tuned at `batch_size`; a float or a tensor ().
+        weight_decay: decoupled, p <- p (1 - lr weight_decay)^(B/batch_size), whose effect per example does not depend
+            on B; with decoupled_weight_decay=False it is added to every example's gradient, as torch.optim.SGD does.
+        batch_size: the batch size at which the values were tuned.
+        max_norm: bounds the norm of the running average over all parameters of the optimizer, unlike clipping of the
+            batch gradient, which depends on the batch size. None does not clip.
+        maximize: ascend instead of descend.
+        compiled: one compiled kernel for the whole step, or block by block in plain torch; None compiles from a
+            million elements on where there is a compiler. `path` says which.
+
+    Statistics come from `gradstats.attach(model)`, found through the parameters. What reads none of them needs the
+    batch size only, which `step(batch_size=B)` gives for a model that is not attached. The state's "step" counts
+    examples, as an integer; the groups' "examples" do for schedules.
+    """
+
+    # Option: is it valid? Checked for every group; those of all optimizers are added.
+    checks: ClassVar[Mapping[str, Callable[[Any], bool]]] = {}
+
+    def __init__(self, params: Any, options: dict[str, Any], compiled: bool | None = None):
+        if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
+            raise GradstatsError("a tensor lr has one element")
+        self.compiled = compiled
+        self._schedules: list[Callable[[int], None]] = []  # called with B before every step
+        super().__init__(params, options | {"examples": 0})
+        self._step_supports_amp_scaling = True
+
+    # What a subclass gives
+
+    def statistics(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """What the equation may read beyond the mean gradient; names of `update.STATISTICS`."""
+        return ()
+
+    @abstractmethod
+    def update(self, group: Mapping[str, Any], batch_size: float, state: Mapping[str, Any]) -> Update:
+        """The equation for parameters of the group whose state has these entries, in a batch of the given size."""
+
+    @abstractmethod
+    def scalars(self, group: Mapping[str, Any], age: Age, update: Update) -> dict[str, Any]:
+        """Its numbers."""
+
+    def needs_gradient(self, group: Mapping[str, Any]) -> bool:
+        """Whether p.grad must go with the statistics, because their combination is read. Where the mean gradient
+        enters linearly, whoever changed it meant to."""
+        return False
+
+    def prepare(self, parts: list[Part]) -> None:
+        """May add to the scalars what takes all parameters to know."""
+
+    # Options
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self.check(group)
+        except GradstatsError:
+            self.param_groups.pop()
+            raise
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raises: GradstatsError for options out of range."""
+        for name, valid in (COMMON_CHECKS | dict(self.checks)).items():
+            if name in group and not valid(group[name]):
+                raise GradstatsError(f"invalid {name} = {group[name]!r}{HINTS.get(name, '')}")
+
+    @property
+    def examples(self) -> int:
+        """Examples seen so far."""
+        return max(group["examples"] for group in self.param_groups)
+
+    @property
+    def path(self) -> str:
+        """How a step is computed, and why."""
+        devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        found = {device: compiler(device) for device in devices}
+        names = ", ".join(sorted({name for name in found.values() if name}))
+        if self.compiled is not None:
+            return f"compiled ({names})" if self.compiled else "plain torch, block by block (compiled=False)"
+        size = sum(p.numel() for group in self.param_groups for p in group["params"])
+        if size < WORTH_COMPILING:
+            return f"plain torch, block by block ({size:,} elements are too few to be worth compiling)"
+        if not all(found.values()):
+            return "plain torch, block by block (no compiler was found)"
+        return f"compiled ({names})"
+
+    # Stepping
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, batch_size: int | None = None) -> Any:
+        """One step on the gradients and statistics of the last backward pass(es).
+
+        `batch_size` is for optimizers that read no statistics, with models that are not attached. Raises:
+        MissingStatistic for a gradient without statistics that are needed; LifetimeError where it no longer goes with
+        them. A step with lr = 0 before any backward only allocates state, as distributed checkpointing wants.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        loss_scale = self._loss_scale()
+        if loss_scale is not None:
+            self._step(loss_scale, batch_size)
+        return loss
+
+    @torch.compiler.disable
+    def _step(self, loss_scale: float, batch_size: int | None) -> None:
+        windows = self._windows(batch_size)
+        if not windows:
+            return
+        b = max(window.batch_size for _, _, window in windows)
+        for schedule in self._schedules:
+            schedule(b)
+        parts = self._parts(windows, loss_scale)
+        for index in {index for index, _, _ in windows}:
+            self.param_groups[index]["examples"] += b
+        compiled = self.path.startswith("compiled")
+        self.prepare(parts)
+        bounds = {part.group["max_norm"] for part in parts if part.group.get("max_norm") is not None}
+        if not bounds:
+            for part in parts:
+                run(part.update, "both", part.columns, part.scalars, compiled)
+            return
+        for part in parts:
+            run(part.update, "averages", part.columns, part.scalars, compiled)
+        clip = clip_factors(parts, bounds)
+        for part in parts:
+            scalars = part.scalars | {"clip": clip.get(part.group["max_norm"], 1.0)}
+            run(part.update, "move", part.columns, scalars, compiled)
+
+    def _windows(self, batch_size: int | None) -> list[Found]:
+        """Parameters that have gradients, with their statistics."""
+        found: list[Found] = []
+        alone: list[tuple[int, Tensor]] = []
+        for index, group in enumerate(self.param_groups):
+            reads = tuple(STATISTICS[name][0] for name in self.statistics(group))
+            needs_gradient = self.needs_gradient(group)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.tensor(0)  # on the CPU, since it decides scalars of the step
+                    allocate(p, state, self.update(group, math.inf, state))  # what every batch needs
+                handle = handle_of(p)
+                if handle is None and not reads:
+                    alone.append((index, p))
+                    continue
+                try:
+                    if handle is None:
+                        raise MissingStatistic(
+                            f"no statistics for a parameter of shape {tuple(p.shape)}: call gradstats.attach(model) "
+                            f"before the forward pass, and give parameters that are named in ignore to another "
+                            f"optimizer"
+                        )
+                    found.append((index, p, handle.window(p, reads, needs_gradient)))
+                except MissingStatistic:
+                    # Distributed checkpointing's empty step, or an unused layer whose gradient was zeroed in place.
+                    if float(group["lr"]) == 0 or (handle is not None and not bool(p.grad.any())):
+                        continue
+                    raise
+        return found + self._without_statistics(alone, found, batch_size)
+
+    def _without_statistics(
+        self, alone: list[tuple[int, Tensor]], found: list[Found], given: int | None
+    ) -> list[Found]:
+        """Parameters of no attached model: the batch size is that of the others, or the one given to `step`."""
+        sizes = {window.batch_size for _, _, window in found}
+        if given is not None and sizes - {given}:
+            raise GradstatsError(
+                f"step(batch_size={given}), but {sorted(sizes - {given})} examples were backpropagated through the "
+                f"attached model: leave batch_size away, statistics know it"
+            )
+        moving = [(i, p) for i, p in alone if float(self.param_groups[i]["lr"]) != 0 or sizes or given is not None]
+        if not moving:
+            return []
+        if given is None and len(sizes) != 1:
+            raise MissingStatistic(
+                f"the batch size behind the gradient of a parameter of shape {tuple(moving[0][1].shape)} is not known: "
+                f"call gradstats.attach(model) before the forward pass, or step(batch_size=...)"
+            )
+        b = given if given is not None else next(iter(sizes))
+        return [(index, p, Window({}, p.grad, b, "mean", p.numel())) for index, p in moving]
+
+    def _parts(self, windows: list[Found], loss_scale: float) -> list[Part]:
+        parts: dict[tuple[Any, ...], Part] = {}
+        updates: dict[tuple[Any, ...], Update] = {}
+        for index, p, window in windows:
+            group, state, b = self.param_groups[index], self.state[p], window.batch_size
+            choice = (index, b, *state)
+            update = updates.get(choice)
+            if update is None:
+                update = updates[choice] = self.update(group, b, state)
+            if len(state) <= len(update.buffers):
+                allocate(p, state, update)
+            younger = tuple((name, int(state[f"{name}_step"]) + b) for name in update.younger)
+            key = (choice, int(state["step"]), younger, window.scale, p.device, p.dtype)
+            part = parts.get(key)
+            if part is None:
+                age = Age(b, int(state["step"]) + b, younger)
+                scalars = self._common(group, age, update, window, loss_scale) | self.scalars(group, age, update)
+                part = parts[key] = Part(group, age, update, scalars)
+                part.columns = {name: [] for name in ("parameter", "gradient", *update.reads, *update.buffers)}
+            assert p.grad is not None
+            columns = part.columns
+            columns["parameter"].append(p)
+            columns["gradient"].append(p.grad.to_dense() if p.grad.is_sparse else p.grad)
+            for name in update.reads:
+                columns[name].append(window.sums[name])
+            for name in update.buffers:
+                columns[name].append(state[name])
+            part.windows.append(window)
+        for part in parts.values():
+            states = [self.state[p] for p in part.columns["parameter"]]
+            for name in ("step", *(f"{name}_step" for name in part.update.younger)):
+                torch._foreach_add_([state[name] for state in states], part.age.batch_size)
+        return list(parts.values())
+
+    def _common(
+        self, group: Mapping[str, Any], age: Age, update: Update, window: Window, loss_scale: float
+    ) -> dict[str, Any]:
+        sign, b = -1.0 if group["maximize"] else 1.0, age.batch_size
+        scalars: dict[str, Any] = {"mean_scale": sign * window.scale / b / loss_scale}
+        for name in update.statistics:
+            _, power, odd = STATISTICS[name]
+            scalars[f"{name}_scale"] = (sign if odd else 1.0) * (window.scale / loss_scale) ** power / b
+        decay: Any = 1.0
+        if update.coupled:
+            scalars["l2"] = group["weight_decay"]
+        elif group["weight_decay"] != 0:
+            if not isinstance(group["lr"], Tensor) and group["lr"] * group["weight_decay"] > 1:
+                raise GradstatsError(
+                    f"lr = {group['lr']} times weight_decay = {group['weight_decay']} is above 1: no decay factor"
+                )
+            decay = (1 - group["lr"] * group["weight_decay"]) ** (b / group["batch_size"])
+        return scalars | {"decay": decay}
+
+    def _loss_scale(self) -> float | None:
+        """What GradScaler multiplied the loss by, 1 without it; None for a step to skip, since gradients overflowed.
+
+        GradScaler leaves the unscaling to optimizers with `_step_supports_amp_scaling`, as here: squares need it twice.
+        """
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return 1.0
+        if scale is None:
+            raise GradstatsError(
+                "scaler.unscale_(optimizer) unscales the gradients but not their squares: leave it to "
+                "scaler.step(optimizer), and clip with max_norm"
+            )
+        return None if float(found_inf) > 0 else float(scale)
+
+    # State
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"compiled": self.compiled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._schedules = []  # those of a copy are its own
+        self._step_supports_amp_scaling = True
+        super().__setstate__(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but the averages keep their own dtype: torch would cast float32 moments to a bfloat16
+        parameter's."""
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved_ids, parameters, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if key.endswith("step"):
+                    self.state[p][key] = value.detach().clone().to("cpu")
+                elif isinstance(value, Tensor):
+                    like = torch.empty_like(p, dtype=value.dtype, memory_format=torch.preserve_format)
+                    self.state[p][key] = like.copy_(value) if like.shape == value.shape else value.detach().clone()
+        for group in self.param_groups:
+            self.check(group)
+
+
+def allocate(p: Tensor, state: dict[str, Any], update: Update) -> None:
+    for name in update.buffers:
+        if name not in state:
+            dtype = accumulation_dtype(p.dtype)
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+    for name in update.younger:
+        if name + "_step" not in state:
+            state[name + "_step"] = torch.tensor(0)
+
+
+def clip_factors(parts: Iterable[Part], bounds: Iterable[float]) -> dict[float | None, Tensor]:
+    """min(1, max_norm / norm) for every max_norm in use; the norm of what is bounded over all parameters of a step."""
+    norms: list[Tensor] = []
+    for part in parts:
+        if (name := part.update.bounded) is not None:
+            norms += torch._foreach_norm(part.columns[name])
+        else:
+            scale = abs(part.scalars["mean_scale"])
+            norms += [g * scale for g in torch._foreach_norm(part.columns["gradient"])]
+    norm = torch.stack([n.to(norms[0].device, norms[0].dtype) for n in norms]).norm()
+    return {bound: (bound / norm).clamp(max=1.0) for bound in bounds}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+COMMON_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "lr": lambda lr: isinstance(lr, Tensor) or (is_number(lr) and lr >= 0),
+    "betas": lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+    "eps": lambda eps: eps >= 0,
+    "weight_decay": lambda decay: is_number(decay) and decay >= 0,
+    "batch_size": lambda b: is_number(b) and b > 0,
+    "max_norm": lambda bound: bound is None or bound > 0,
+    "average": lambda kind: kind in AVERAGES,
+}
+HINTS = {"average": f": one of {AVERAGES}"}

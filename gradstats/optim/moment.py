@@ -1,0 +1,143 @@
+"""The second moment at a reference batch size R, mu^2 + sigma^2/R, estimated from batches of B and averaged.
+
+With m the mean gradient, q the second moment and s2 the unbiased variance of a batch, one batch has
+
+    v_R = m^2 + (1/R - 1/B) s2        E v_R = mu^2 + sigma^2/R,  v_R >= 0 for R <= B
+
+For R > B this is negative at times, and for B = 1 there is no variance. Then mu^2 is estimated by one of
+
+    "running_average"   v = q/R + (1 - 1/R) m m~     the product with the running average before this batch
+    "previous"          v = q/R + (1 - 1/R) m m'     the product with the mean gradient of the batch before
+    "in_batch"          v_R as it is, where B > 1
+
+and the average s is floored at q~/R, which is valid since mu^2 + sigma^2/R >= (mu^2 + sigma^2)/R. For R = inf this
+says nothing, and the floor is m~^2, so that no element moves by more than the learning rate. The default is chosen by
+measurement: `python -m experiments.estimators`.
+
+Sources, other than mu^2 + sigma^2/R itself ("second_moment"): "variance" is sigma^2/R, "mean_square" is mu^2 (the same
+as R = inf), and "squared_batch_mean" m^2, which is ordinary Adam's and depends on B. The family of preconditioners is
+that of Roulet & Agarwala, arXiv:2510.00236, section 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradstats.optim.update import Values
+from gradstats.statistics import reference_weight
+from gradstats.units import Average
+
+SOURCES = ("second_moment", "variance", "mean_square", "squared_batch_mean")
+ESTIMATORS = ("running_average", "previous", "in_batch")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How one batch's v is formed and averaged: what of it is not a number."""
+
+    partner: str | None  # m is multiplied by itself (None), by "exp_avg" or by "previous"
+    floored: bool  # q~ is kept
+    infinite: bool  # R = inf
+    signed: bool  # single values, and so their average, can be negative
+    reads: bool  # the second moment of the batch
+    remembers: bool  # m' is kept
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        return (*(["exp_avg_q"] if self.floored else []), *(["previous"] if self.remembers else []))
+
+    @property
+    def younger(self) -> tuple[str, ...]:
+        """Buffers that are made when a batch is first smaller than R."""
+        return self.buffers
+
+    def averages(self, x: Values, k: Values) -> dict[str, Tensor]:
+        """s, and what else is kept for it."""
+        partner = x.m
+        if (
+            self.partner is not None
+        ):  # before the first batch there is no other: m^2, too large by sigma^2/B, and soon forgotten
+            partner = getattr(x, self.partner) + k.first * x.m
+        v = k.product * x.m * partner
+        if self.reads:
+            v = v + k.square * x.second_moment
+        new = {"exp_avg_sq": x.exp_avg_sq + k.w2 * (v - x.exp_avg_sq)}
+        if self.floored:
+            new["exp_avg_q"] = x.exp_avg_q + k.w3 * (x.second_moment - x.exp_avg_q)
+        if self.remembers:
+            new["previous"] = x.m
+        return new
+
+    def floor(self, s: Tensor, x: Values, k: Values) -> Tensor:
+        """max(s, q~/R), or max(s, m~^2) for R = inf."""
+        if self.floored:
+            return torch.maximum(s, x.exp_avg_q * k.inverse_reference)
+        if self.infinite:
+            return torch.maximum(s, x.exp_avg.square())
+        return s.clamp(min=0) if self.signed else s
+
+
+def reference_of(group: Mapping[str, Any]) -> float:
+    """R."""
+    if group["source"] == "mean_square":
+        return math.inf
+    r = group["reference_batch_size"]
+    return group["batch_size"] if r is None or r == "tuned" else r
+
+
+def reads(group: Mapping[str, Any]) -> bool:
+    """Whether the second moment of the batch is read at all."""
+    if group["source"] == "squared_batch_mean":
+        return False
+    return group["estimator"] == "in_batch" or group["source"] == "variance" or reference_of(group) != math.inf
+
+
+def combines(group: Mapping[str, Any]) -> bool:
+    """Whether it is combined with m^2."""
+    return reads(group) and (group["source"] == "variance" or reference_of(group) != 1)
+
+
+def moment_of(group: Mapping[str, Any], b: float, state: Mapping[str, Any]) -> Moment:
+    """For a batch of b examples, and a parameter whose state has these entries."""
+    if group["source"] == "squared_batch_mean":
+        return Moment(None, False, False, signed=False, reads=False, remembers=False)
+    r, variance = reference_of(group), group["source"] == "variance"
+    across = b == 1 if variance or group["estimator"] == "in_batch" else r > b
+    across = across and not (r == 1 and not variance)
+    partner = None
+    if across:
+        partner = "previous" if group["estimator"] == "previous" else "exp_avg"
+    return Moment(
+        partner=partner,
+        floored=not variance and r != math.inf and (r > b or "exp_avg_q" in state),
+        infinite=not variance and r == math.inf,
+        signed=variance,
+        reads=reads(group),
+        remembers=partner == "previous" or "previous" in state,
+    )
+
+
+def moment_scalars(
+    group: Mapping[str, Any], moment: Moment, b: int, e: int, ages: Mapping[str, int], average: Average
+) -> dict[str, float]:
+    """The numbers of `averages` and `floor`: v = product m partner + square q, and weights."""
+    r = reference_of(group)
+    if group["source"] == "squared_batch_mean":
+        product, square = 1.0, 0.0
+    elif group["source"] == "variance":
+        square = (1.0 if moment.partner else b / (b - 1)) / r
+        product = -square
+    else:
+        square = 1 / r if moment.partner or b == 1 else reference_weight(b, r)
+        product = 1 - square
+    first = ages["previous"] == b if moment.partner == "previous" else e == b
+    scalars = {"product": product, "square": square, "w2": average.weight(b, e), "inverse_reference": 1 / r}
+    if moment.floored:
+        scalars["w3"] = average.weight(b, ages["exp_avg_q"])
+    return scalars | {"first": float(first)}
