@@ -12,7 +12,7 @@ from torch import Tensor
 from gradstats.errors import GradstatsError
 from gradstats.optim.base import Age, ExampleOptimizer
 from gradstats.optim.moment import ESTIMATORS, SOURCES, Moment, combines, moment_of, moment_scalars, reads
-from gradstats.optim.update import Update, Values
+from gradstats.optim.update import Update, Values, moved
 from gradstats.units import average
 
 DENOMINATORS = ("adam", "slides")
@@ -42,7 +42,7 @@ class AdamUpdate(Update):
 
     def averages(self, x: Values, k: Values) -> dict[str, Tensor]:
         new = self.moment.averages(x, k)
-        new["exp_avg"] = x.exp_avg + k.w1 * (x.m - x.exp_avg)
+        new["exp_avg"] = moved(x.exp_avg, x.m, k.w1)
         if self.amsgrad:  # torch keeps the largest of averages that start from zero
             s = self.moment.floor(new["exp_avg_sq"], x | new, k)
             new["max_exp_avg_sq"] = torch.maximum(x.max_exp_avg_sq, s * k.bias_correction)

@@ -38,7 +38,8 @@ class Age:
         return dict(self.younger)
 
 
-Found = tuple[int, Tensor, Window]  # the group's index, the parameter, what was backpropagated through it
+# The group's index, a parameter and its state, and what was backpropagated through it.
+Found = tuple[int, Tensor, dict[str, Any], Window]
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Part:
     update: Update
     scalars: dict[str, Any]
     windows: list[Window] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
     columns: Columns = field(default_factory=dict)  # "parameter", "gradient", raw sums and buffers, in one order
 
 
@@ -166,11 +168,11 @@ class ExampleOptimizer(Optimizer):
         windows = self._windows(batch_size)
         if not windows:
             return
-        b = max(window.batch_size for _, _, window in windows)
+        b = max(window.batch_size for _, _, _, window in windows)
         for schedule in self._schedules:
             schedule(b)
         parts = self._parts(windows, loss_scale)
-        for index in {index for index, _, _ in windows}:
+        for index in {index for index, _, _, _ in windows}:
             self.param_groups[index]["examples"] += b
         compiled = self.path.startswith("compiled")
         self.prepare(parts)
@@ -189,7 +191,7 @@ class ExampleOptimizer(Optimizer):
     def _windows(self, batch_size: int | None) -> list[Found]:
         """Parameters that have gradients, with their statistics."""
         found: list[Found] = []
-        alone: list[tuple[int, Tensor]] = []
+        alone: list[tuple[int, Tensor, dict[str, Any]]] = []
         for index, group in enumerate(self.param_groups):
             reads = tuple(STATISTICS[name][0] for name in self.statistics(group))
             needs_gradient = self.needs_gradient(group)
@@ -202,7 +204,7 @@ class ExampleOptimizer(Optimizer):
                     allocate(p, state, self.update(group, math.inf, state))  # what every batch needs
                 handle = handle_of(p)
                 if handle is None and not reads:
-                    alone.append((index, p))
+                    alone.append((index, p, state))
                     continue
                 try:
                     if handle is None:
@@ -211,7 +213,7 @@ class ExampleOptimizer(Optimizer):
                             f"before the forward pass, and give parameters that are named in ignore to another "
                             f"optimizer"
                         )
-                    found.append((index, p, handle.window(p, reads, needs_gradient)))
+                    found.append((index, p, state, handle.window(p, reads, needs_gradient)))
                 except MissingStatistic:
                     # Distributed checkpointing's empty step, or an unused layer whose gradient was zeroed in place.
                     if float(group["lr"]) == 0 or (handle is not None and not bool(p.grad.any())):
@@ -220,16 +222,16 @@ class ExampleOptimizer(Optimizer):
         return found + self._without_statistics(alone, found, batch_size)
 
     def _without_statistics(
-        self, alone: list[tuple[int, Tensor]], found: list[Found], given: int | None
+        self, alone: list[tuple[int, Tensor, dict[str, Any]]], found: list[Found], given: int | None
     ) -> list[Found]:
         """Parameters of no attached model: the batch size is that of the others, or the one given to `step`."""
-        sizes = {window.batch_size for _, _, window in found}
+        sizes = {window.batch_size for _, _, _, window in found}
         if given is not None and sizes - {given}:
             raise GradstatsError(
                 f"step(batch_size={given}), but {sorted(sizes - {given})} examples were backpropagated through the "
                 f"attached model: leave batch_size away, statistics know it"
             )
-        moving = [(i, p) for i, p in alone if float(self.param_groups[i]["lr"]) != 0 or sizes or given is not None]
+        moving = [row for row in alone if float(self.param_groups[row[0]]["lr"]) != 0 or sizes or given is not None]
         if not moving:
             return []
         if given is None and len(sizes) != 1:
@@ -238,40 +240,39 @@ class ExampleOptimizer(Optimizer):
                 f"call gradstats.attach(model) before the forward pass, or step(batch_size=...)"
             )
         b = given if given is not None else next(iter(sizes))
-        return [(index, p, Window({}, p.grad, b, "mean", p.numel())) for index, p in moving]
+        return [(index, p, state, Window({}, p.grad, b, "mean", p.numel())) for index, p, state in moving]
 
     def _parts(self, windows: list[Found], loss_scale: float) -> list[Part]:
         parts: dict[tuple[Any, ...], Part] = {}
-        updates: dict[tuple[Any, ...], Update] = {}
-        for index, p, window in windows:
-            group, state, b = self.param_groups[index], self.state[p], window.batch_size
+        plans: dict[tuple[Any, ...], tuple[Update, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {}
+        for index, p, state, window in windows:
+            group, b = self.param_groups[index], window.batch_size
             choice = (index, b, *state)
-            update = updates.get(choice)
-            if update is None:
-                update = updates[choice] = self.update(group, b, state)
-            if len(state) <= len(update.buffers):
+            if choice not in plans:
+                update = self.update(group, b, state)
+                plans[choice] = update, update.reads, update.buffers, update.younger
+            update, reads, buffers, younger = plans[choice]
+            if len(state) <= len(buffers):  # some of them are new
                 allocate(p, state, update)
-            younger = tuple((name, int(state[f"{name}_step"]) + b) for name in update.younger)
-            key = (choice, int(state["step"]), younger, window.scale, p.device, p.dtype)
+            seen = int(state["step"]) + b
+            ages = tuple((name, int(state[f"{name}_step"]) + b) for name in younger)
+            key = (choice, seen, ages, window.scale, p.device, p.dtype)
             part = parts.get(key)
             if part is None:
-                age = Age(b, int(state["step"]) + b, younger)
+                age = Age(b, seen, ages)
                 scalars = self._common(group, age, update, window, loss_scale) | self.scalars(group, age, update)
                 part = parts[key] = Part(group, age, update, scalars)
-                part.columns = {name: [] for name in ("parameter", "gradient", *update.reads, *update.buffers)}
+                part.columns = {name: [] for name in ("parameter", "gradient", *reads, *buffers)}
             assert p.grad is not None
-            columns = part.columns
-            columns["parameter"].append(p)
-            columns["gradient"].append(p.grad.to_dense() if p.grad.is_sparse else p.grad)
-            for name in update.reads:
-                columns[name].append(window.sums[name])
-            for name in update.buffers:
-                columns[name].append(state[name])
             part.windows.append(window)
+            part.states.append(state)
+            gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
+            row = (p, gradient, *[window.sums[name] for name in reads], *[state[name] for name in buffers])
+            for column, tensor in zip(part.columns.values(), row, strict=True):
+                column.append(tensor)
         for part in parts.values():
-            states = [self.state[p] for p in part.columns["parameter"]]
             for name in ("step", *(f"{name}_step" for name in part.update.younger)):
-                torch._foreach_add_([state[name] for state in states], part.age.batch_size)
+                torch._foreach_add_([state[name] for state in part.states], part.age.batch_size)
         return list(parts.values())
 
     def _common(

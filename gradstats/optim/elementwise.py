@@ -11,7 +11,7 @@ import importlib.util
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from gradstats.optim.update import Phase, Update
 
-Named = dict[str, Tensor]
-Columns = dict[str, list[Tensor]]
-Kernel = Callable[[Named], None]  # updates what it writes in place
+Columns = dict[str, list[Tensor]]  # "parameter" first
+Row = Sequence[Tensor]  # one parameter's, in the order of the columns
+Kernel = Callable[[Row], Any]  # updates what it writes in place
 
 # Elements of a piece. On the CPU a step's ten tensors of them stay in a second-level cache; elsewhere a launch is what
 # costs.
@@ -35,89 +35,76 @@ WORTH_COMPILING = 1 << 20
 
 def run(update: Update, phase: Phase, columns: Columns, scalars: Mapping[str, Any], compiled: bool) -> None:
     """One phase of an update of parameters of one device and dtype, given with their gradients, sums and buffers."""
-    writes = update.writes(phase)
-    device = columns["parameter"][0].device
-    kernel = (compiled_kernel if compiled else plain_kernel)(update, phase, columns, scalars)
-    largest = None if compiled else BLOCK.get(device.type, ELSEWHERE)
-    together: list[Named] = []
-    size = 0
     names = tuple(columns)
+    written = [names.index(name) for name in update.writes(phase)]
+    plain = plain_kernel(update, phase, names, scalars)
+    kernel = (compiled_kernel(update, phase, columns, scalars) if compiled else None) or plain
+    device = columns["parameter"][0].device.type
+    largest = ELSEWHERE if kernel is not plain else BLOCK.get(device, ELSEWHERE)
+    alone = SMALL if kernel is not plain else largest
+    together: list[Row] = []
+    size = 0
     for row in zip(*columns.values(), strict=True):
-        flat = flattened(names, row, writes)
+        flat = flattened(row, written)
+        n = row[0].numel()
         if flat is None:
-            plain_kernel(update, phase, columns, scalars)(dict(zip(names, row, strict=True)))
-            continue
-        n = flat["parameter"].numel()
-        if n > (largest or SMALL):
-            for piece in pieces(flat, largest or n):
-                kernel(piece)
-            continue
-        together.append(flat)
-        size += n
-        if size > (largest or ELSEWHERE):
-            run_together(kernel, together, writes)
-            together, size = [], 0
+            plain(row)
+        elif n > alone:
+            for start in range(0, n, largest):
+                kernel(flat if n <= largest else [t[start : start + largest] for t in flat])
+        else:
+            together.append(flat)
+            size += n
+            if size > largest:
+                run_together(kernel, together, written)
+                together, size = [], 0
     if together:
-        run_together(kernel, together, writes)
+        run_together(kernel, together, written)
 
 
-def pieces(flat: Named, largest: int) -> Iterator[Named]:
-    n = flat["parameter"].numel()
-    if n <= largest:
-        yield flat
-        return
-    for start in range(0, n, largest):
-        yield {name: t[start : start + largest] for name, t in flat.items()}
-
-
-def run_together(kernel: Kernel, parts: Sequence[Named], writes: Iterable[str]) -> None:
+def run_together(kernel: Kernel, rows: Sequence[Row], written: Sequence[int]) -> None:
     """Many small tensors as one."""
-    if len(parts) == 1:
-        kernel(parts[0])
+    if len(rows) == 1:
+        kernel(rows[0])
         return
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    columns = list(zip(*rows, strict=True))
+    joined = [torch.cat(column) for column in columns]
     kernel(joined)
-    sizes = [part["parameter"].numel() for part in parts]
-    for name in writes:
-        torch._foreach_copy_([part[name] for part in parts], joined[name].split(sizes))
+    sizes = [t.numel() for t in columns[0]]
+    for i in written:
+        torch._foreach_copy_(columns[i], joined[i].split(sizes))
 
 
-def flattened(names: Sequence[str], row: Sequence[Tensor], writes: Sequence[str]) -> Named | None:
-    """The same in one dimension, in the order in which the parameter lies in memory; None if there is no such view of
-    what is written."""
-    if all(t.is_contiguous() for t in row):
-        return {name: t.view(-1) for name, t in zip(names, row, strict=True)}
-    tensors = dict(zip(names, row, strict=True))
-    p = tensors["parameter"]
-    strides, n = p.stride(), p.numel()
+def flattened(row: Row, written: Sequence[int]) -> Row | None:
+    """The same in one dimension, in the order in which the first, the parameter, lies in memory; None if there is no
+    such view of what is written."""
+    if all(map(Tensor.is_contiguous, row)):
+        return [t if t.dim() == 1 else t.view(-1) for t in row]
+    p = row[0]
     dense = torch._prims_common.is_non_overlapping_and_dense_or_false(p)
-    if not dense or any(tensors[name].stride() != strides for name in writes):
+    if not dense or any(row[i].stride() != p.stride() for i in written):
         return None
-    as_p = (t if t.stride() == strides else torch.empty_like(p, dtype=t.dtype).copy_(t) for t in row)
-    return {name: t.as_strided((n,), (1,)) for name, t in zip(names, as_p, strict=True)}
+    as_p = (t if t.stride() == p.stride() else torch.empty_like(p, dtype=t.dtype).copy_(t) for t in row)
+    return [t.as_strided((p.numel(),), (1,)) for t in as_p]
 
 
-def plain_kernel(update: Update, phase: Phase, columns: Columns, scalars: Mapping[str, Any]) -> Kernel:
-    def kernel(tensors: Named) -> None:
+def plain_kernel(update: Update, phase: Phase, names: Sequence[str], scalars: Mapping[str, Any]) -> Kernel:
+    def kernel(row: Row) -> None:
+        tensors = dict(zip(names, row, strict=True))
         for name, value in update(tensors, scalars, phase).items():
             tensors[name].copy_(value)
 
     return kernel
 
 
-def compiled_kernel(update: Update, phase: Phase, columns: Columns, scalars: Mapping[str, Any]) -> Kernel:
-    names, numbers = tuple(columns), tuple(scalars)
+def compiled_kernel(update: Update, phase: Phase, columns: Columns, scalars: Mapping[str, Any]) -> Kernel | None:
     dtypes = tuple(column[0].dtype for column in columns.values())
     device = columns["parameter"][0].device
-    artifact = compile_update(update, phase, names, dtypes, numbers, device.type)
+    artifact = compile_update(update, phase, tuple(columns), dtypes, tuple(scalars), device.type)
     if artifact is None:
-        return plain_kernel(update, phase, columns, scalars)
+        return None
     k = as_tensor(scalars, device)
-
-    def kernel(tensors: Named) -> None:
-        artifact(*[tensors[name] for name in names], k)
-
-    return kernel
+    return lambda row: artifact(*row, k)
 
 
 def as_tensor(scalars: Mapping[str, Any], device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstats.optim.update import Values
+from gradstats.optim.update import Values, moved
 from gradstats.statistics import reference_weight
 from gradstats.units import Average
 
@@ -67,9 +67,9 @@ class Moment:
         v = k.product * x.m * partner
         if self.reads:
             v = v + k.square * x.second_moment
-        new = {"exp_avg_sq": x.exp_avg_sq + k.w2 * (v - x.exp_avg_sq)}
+        new = {"exp_avg_sq": moved(x.exp_avg_sq, v, k.w2)}
         if self.floored:
-            new["exp_avg_q"] = x.exp_avg_q + k.w3 * (x.second_moment - x.exp_avg_q)
+            new["exp_avg_q"] = moved(x.exp_avg_q, x.second_moment, k.w3)
         if self.remembers:
             new["previous"] = x.m
         return new

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from gradstats.sums import accumulation_dtype
@@ -31,6 +32,13 @@ class Values:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the update has no {name!r}; it has {sorted(vars(self))}")
+
+
+def moved(average: Tensor, value: Tensor, weight: Any) -> Tensor:
+    """(1 - w) x~ + w x."""
+    if isinstance(weight, Tensor):  # when compiled, where the branch within lerp would be paid for element by element
+        return average + weight * (value - average)
+    return torch.lerp(average, value, weight)
 
 
 class Update(ABC):
