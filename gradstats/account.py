@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from gradstats.errors import CoverageError, LifetimeError
+from gradstats.errors import CoverageError, LifetimeError, MissingStatistic
 from gradstats.gradient import State, fresh, same_sample, sample, state_of, untouched
 from gradstats.sums import SUMS, RawSum
 
@@ -233,14 +233,23 @@ class Account:
             return sum(self.units.values())
         return sum(size for generation, size in self.handle.lifetime.sizes.items() if generation >= self.first)
 
-    def value(self, kind: str) -> Tensor | None:
-        """A raw sum over the window, or None if nothing was backpropagated. Raises: LifetimeError."""
+    def check(self) -> None:
+        """Raises: MissingStatistic if nothing was backpropagated through the parameter in this window; LifetimeError if
+        its gradient holds more than that."""
+        if not self.generations:
+            raise MissingStatistic(
+                f"parameter '{self.name}' has no statistics: no backward pass has reached it since they were last "
+                f"zeroed. Call loss.backward() on the attached model first (torch.autograd.grad leaves none)."
+            )
         if self.unseen:
             raise LifetimeError(
                 f"the gradient of '{self.name}' holds more than these statistics have seen: it was changed between two "
                 f"backward passes, or is older than attach. Call zero_grad() before the first backward pass, clip with "
                 f"the optimizer's max_norm, and apply penalties in the optimizer."
             )
+
+    def value(self, kind: str) -> Tensor | None:
+        """A raw sum over the window, or None if there is none."""
         raw = SUMS[kind]
         if raw.persistent:
             s = self.shadows.get(kind)

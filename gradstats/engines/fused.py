@@ -239,12 +239,13 @@ class FusedHandle(Handle):
 
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         account, found = self.accounts[name], {}
+        account.check()
         for need in needs:
             value = account.value(need)
             if value is None:
                 raise MissingStatistic(
-                    f"parameter '{name}' has no statistics: no backward pass has reached it since they were last "
-                    f"zeroed. Call loss.backward() on the attached model first (torch.autograd.grad leaves none)."
+                    f"{need!r} of parameter '{name}' was not gathered by the last backward pass: attach the model "
+                    f"before the forward pass"
                 )
             found[need] = value
         return found, account.batch_size
