@@ -128,6 +128,8 @@ class Account:
             p.register_hook(self._arrives),
             p.register_post_accumulate_grad_hook(lambda p: (alive := accumulated()) and alive(p)),
         ]
+        # Before the user's own, one of which may take an optimizer's step and the gradient away.
+        p._post_accumulate_grad_hooks.move_to_end(self._hooks[1].id, last=False)  # type: ignore[attr-defined]
         self.handle.register(p, self.name)
 
     # Backward

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradstats.errors import GradstatsError, MissingStatistic
-from gradstats.handle import handle_of
+from gradstats.handle import Handle, handle_of
 from gradstats.optim.elementwise import WORTH_COMPILING, Columns, compiler, run
 from gradstats.optim.update import STATISTICS, Update
 from gradstats.sums import accumulation_dtype
@@ -76,10 +76,9 @@ class ExampleOptimizer(Optimizer):
 
     # Option: is it valid? Checked for every group; those of all optimizers are added.
     checks: ClassVar[Mapping[str, Callable[[Any], bool]]] = {}
+    hints: ClassVar[Mapping[str, str]] = {}  # what the error about an option adds
 
     def __init__(self, params: Any, options: dict[str, Any], compiled: bool | None = None):
-        if isinstance(options["lr"], Tensor) and options["lr"].numel() != 1:
-            raise GradstatsError("a tensor lr has one element")
         self.compiled = compiled
         self._schedules: list[Callable[[int], None]] = []  # called with B before every step
         super().__init__(params, options | {"examples": 0})
@@ -121,8 +120,8 @@ class ExampleOptimizer(Optimizer):
     def check(self, group: Mapping[str, Any]) -> None:
         """Raises: GradstatsError for options out of range."""
         for name, valid in (COMMON_CHECKS | dict(self.checks)).items():
-            if name in group and not valid(group[name]):
-                raise GradstatsError(f"invalid {name} = {group[name]!r}{HINTS.get(name, '')}")
+            if name in group and not accepts(valid, group[name]):
+                raise GradstatsError(f"invalid {name} = {group[name]!r}{(HINTS | dict(self.hints)).get(name, '')}")
 
     @property
     def examples(self) -> int:
@@ -190,6 +189,7 @@ class ExampleOptimizer(Optimizer):
 
     def _windows(self, batch_size: int | None) -> list[Found]:
         """Parameters that have gradients, with their statistics."""
+        unscaled = getattr(self, "found_inf", None) is not None and getattr(self, "grad_scale", None) is None
         found: list[Found] = []
         alone: list[tuple[int, Tensor, dict[str, Any]]] = []
         for index, group in enumerate(self.param_groups):
@@ -213,7 +213,10 @@ class ExampleOptimizer(Optimizer):
                             f"before the forward pass, and give parameters that are named in ignore to another "
                             f"optimizer"
                         )
-                    found.append((index, p, state, handle.window(p, reads, needs_gradient)))
+                    window = handle.window(p, reads, needs_gradient)
+                    if unscaled and reads:
+                        window = self._unscaled(handle, p, window)
+                    found.append((index, p, state, window))
                 except MissingStatistic:
                     # Distributed checkpointing's empty step, or an unused layer whose gradient was zeroed in place.
                     if float(group["lr"]) == 0 or (handle is not None and not bool(p.grad.any())):
@@ -252,11 +255,11 @@ class ExampleOptimizer(Optimizer):
                 update = self.update(group, b, state)
                 plans[choice] = update, update.reads, update.buffers, update.younger
             update, reads, buffers, younger = plans[choice]
-            if len(state) <= len(buffers):  # some of them are new
+            if any(name not in state for name in buffers):
                 allocate(p, state, update)
             seen = int(state["step"]) + b
             ages = tuple((name, int(state[f"{name}_step"]) + b) for name in younger)
-            key = (choice, seen, ages, window.scale, p.device, p.dtype)
+            key = (choice, seen, ages, window.scale, window.loss_scale, p.device, p.dtype)
             part = parts.get(key)
             if part is None:
                 age = Age(b, seen, ages)
@@ -279,7 +282,8 @@ class ExampleOptimizer(Optimizer):
         self, group: Mapping[str, Any], age: Age, update: Update, window: Window, loss_scale: float
     ) -> dict[str, Any]:
         sign, b = -1.0 if group["maximize"] else 1.0, age.batch_size
-        scalars: dict[str, Any] = {"mean_scale": sign * window.scale / b / loss_scale}
+        of_gradient = window.scale * window.loss_scale / window.gradient_scale
+        scalars: dict[str, Any] = {"mean_scale": sign * of_gradient / b / loss_scale}
         for name in update.statistics:
             _, power, odd = STATISTICS[name]
             scalars[f"{name}_scale"] = (sign if odd else 1.0) * (window.scale / loss_scale) ** power / b
@@ -287,9 +291,10 @@ class ExampleOptimizer(Optimizer):
         if update.coupled:
             scalars["l2"] = group["weight_decay"]
         elif group["weight_decay"] != 0:
-            if not isinstance(group["lr"], Tensor) and group["lr"] * group["weight_decay"] > 1:
+            known = not isinstance(group["lr"], Tensor) or group["lr"].device.type == "cpu"
+            if known and group["lr"] * group["weight_decay"] > 1:
                 raise GradstatsError(
-                    f"lr = {group['lr']} times weight_decay = {group['weight_decay']} is above 1: no decay factor"
+                    f"lr = {float(group['lr'])} times weight_decay = {group['weight_decay']} is above 1: no decay factor"
                 )
             decay = (1 - group["lr"] * group["weight_decay"]) ** (b / group["batch_size"])
         return scalars | {"decay": decay}
@@ -302,12 +307,18 @@ class ExampleOptimizer(Optimizer):
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is None:
             return 1.0
-        if scale is None:
+        if float(found_inf) > 0:
+            return None
+        return 1.0 if scale is None else float(scale)
+
+    def _unscaled(self, handle: Handle, p: Tensor, window: Window) -> Window:
+        """The window of a gradient that scaler.unscale_ has unscaled already, but not its squares."""
+        if handle.loss_scale is None:
             raise GradstatsError(
                 "scaler.unscale_(optimizer) unscales the gradients but not their squares: leave it to "
-                "scaler.step(optimizer), and clip with max_norm"
+                "scaler.step(optimizer) and clip with max_norm, or name it, attach(..., grad_scaler=scaler)"
             )
-        return None if float(found_inf) > 0 else float(scale)
+        return replace(window, loss_scale=handle.loss_scale.of_squares(handle.name_of(p), p), gradient_scale=1.0)
 
     # State
 
@@ -315,9 +326,12 @@ class ExampleOptimizer(Optimizer):
         return super().__getstate__() | {"compiled": self.compiled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._schedules = []  # those of a copy are its own
+        self.__dict__.setdefault("_schedules", [])  # those of a copy are its own
         self._step_supports_amp_scaling = True
         super().__setstate__(state)
+        for group in self.param_groups:  # saved by a version without some of the options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the averages keep their own dtype: torch would cast float32 moments to a bfloat16
@@ -351,7 +365,8 @@ def clip_factors(parts: Iterable[Part], bounds: Iterable[float]) -> dict[float |
     norms: list[Tensor] = []
     for part in parts:
         if (name := part.update.bounded) is not None:
-            norms += torch._foreach_norm(part.columns[name])
+            scale = part.scalars.get("bounded_scale", 1.0)
+            norms += [n * scale for n in torch._foreach_norm(part.columns[name])]
         else:
             scale = abs(part.scalars["mean_scale"])
             norms += [g * scale for g in torch._foreach_norm(part.columns["gradient"])]
@@ -359,14 +374,22 @@ def clip_factors(parts: Iterable[Part], bounds: Iterable[float]) -> dict[float |
     return {bound: (bound / norm).clamp(max=1.0) for bound in bounds}
 
 
+def accepts(valid: Callable[[Any], bool], value: Any) -> bool:
+    """Whether an option is in range; one of another type, such as the text that YAML reads in 1e-8, is not."""
+    try:
+        return bool(valid(value))
+    except (TypeError, ValueError):
+        return False
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 COMMON_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "lr": lambda lr: isinstance(lr, Tensor) or (is_number(lr) and lr >= 0),
+    "lr": lambda lr: (is_number(lr) or (isinstance(lr, Tensor) and lr.numel() == 1)) and 0 <= float(lr) < math.inf,
     "betas": lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-    "eps": lambda eps: eps >= 0,
+    "eps": lambda eps: 0 <= eps < math.inf,
     "weight_decay": lambda decay: is_number(decay) and decay >= 0,
     "batch_size": lambda b: is_number(b) and b > 0,
     "max_norm": lambda bound: bound is None or bound > 0,

@@ -103,7 +103,7 @@ class Update(ABC):
         new: dict[str, Tensor] = {}
         if phase != "move":
             new = self.averages(x, k)
-            x |= new
+            x |= new | {"before": x}
         else:
             bounded = self.bounded or "m"
             x |= {bounded: vars(x)[bounded] * k.clip}

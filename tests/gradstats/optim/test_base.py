@@ -1,0 +1,141 @@
+"""How an optimizer finds the batch size and the statistics of its parameters."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gradstats import GradstatsError, MissingStatistic, attach
+from gradstats.optim import BatchInvariantAdam
+from tests.gradstats.optim.problem import problem, train, vector
+
+CLASSIC = {"lr": 0.01, "batch_size": 16, "source": "squared_batch_mean"}
+
+
+def test_what_reads_no_statistics_needs_the_batch_size_only():
+    model, x, y = problem()
+    optimizer = BatchInvariantAdam(model.parameters(), **CLASSIC)
+    with pytest.raises(MissingStatistic, match=r"attach\(model\).*step\(batch_size=\.\.\.\)"):
+        train(model, optimizer, x, y, [8])
+    assert int(optimizer.state[model[0].weight]["step"]) == 0
+    alone = train(model, optimizer, x, y, [8], batch_size=8)
+    attached, _, _ = problem()
+    attach(attached, "norms")
+    assert torch.equal(alone, train(attached, BatchInvariantAdam(attached.parameters(), **CLASSIC), x, y, [8]))
+
+
+def test_a_batch_size_that_contradicts_the_statistics_is_refused():
+    model, x, y = problem()
+    attach(model)
+    optimizer = BatchInvariantAdam(model.parameters(), **CLASSIC)
+    with pytest.raises(GradstatsError, match=r"batch_size=4.*\[8\] examples"):
+        train(model, optimizer, x, y, [8], batch_size=4)
+    train(model, optimizer, x, y, [8], batch_size=8)
+
+
+def test_ignored_parameters_take_the_batch_size_of_the_others():
+    model, x, y = problem()
+    attach(model, ignore=["3.bias"])
+    groups = [{"params": list(model.parameters())[:-1]}, {"params": [model[3].bias], "source": "squared_batch_mean"}]
+    optimizer = BatchInvariantAdam(groups, lr=0.01, batch_size=16)
+    train(model, optimizer, x, y, [8, 32])
+    assert int(optimizer.state[model[3].bias]["step"]) == 40
+    torch_s, _, _ = problem()
+    plain = BatchInvariantAdam(torch_s.parameters(), **CLASSIC)
+    F.cross_entropy(torch_s(x[:8]), y[:8]).backward()
+    plain.step(batch_size=8)
+    assert plain.state[torch_s[3].bias]["exp_avg"].abs().sum() > 0
+
+
+def test_statistics_of_nothing_are_no_batch_of_none():
+    """A parameter that the backward pass did not reach, with a gradient set by hand."""
+    model, x, y = problem()
+    attach(model)
+    optimizer = BatchInvariantAdam([model[0].weight], **CLASSIC)
+    train(model, optimizer, x, y, [8])
+    model.zero_grad()
+    model[3](torch.ones(4, 8, dtype=x.dtype)).sum().backward()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    with pytest.raises(MissingStatistic, match="'0.weight' has no statistics"):
+        optimizer.step()
+
+
+def test_groups_count_examples():
+    model, x, y = problem()
+    attach(model)
+    optimizer = BatchInvariantAdam(
+        [{"params": model[0].parameters()}, {"params": model[3].parameters()}], batch_size=16
+    )
+    model[3].requires_grad_(False)
+    train(model, optimizer, x, y, [8, 4])
+    assert [group["examples"] for group in optimizer.param_groups] == [12, 0] and optimizer.examples == 12
+    restored = BatchInvariantAdam([{"params": model[0].parameters()}, {"params": model[3].parameters()}], batch_size=16)
+    restored.load_state_dict(optimizer.state_dict())
+    assert restored.examples == 12
+
+
+def test_options_that_an_older_state_dict_lacks_are_the_defaults():
+    model, x, y = problem()
+    attach(model)
+    optimizer = BatchInvariantAdam(model.parameters(), batch_size=16)
+    train(model, optimizer, x, y, [8])
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["amsgrad"], group["examples"]
+    restored = BatchInvariantAdam(model.parameters(), batch_size=16)
+    restored.load_state_dict(state)
+    assert restored.param_groups[0]["amsgrad"] is False
+    train(model, restored, x, y, [8])
+
+
+def scaler_of():
+    return torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+
+@pytest.mark.parametrize("r", [1, 4])
+def test_unscaled_gradients_go_with_squares_of_a_named_scaler(r):
+    results = []
+    for scaled in (False, True):
+        model, x, y = problem()
+        scaler = scaler_of()
+        attach(model, **({"grad_scaler": scaler} if scaled else {}))
+        optimizer = BatchInvariantAdam(model.parameters(), lr=0.01, batch_size=16, reference_batch_size=r)
+        for i in range(3):
+            rows = slice(8 * i, 8 * i + 8)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x[rows]), y[rows])
+            if scaled:
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update(2.0**12)  # it changes between the steps
+            else:
+                loss.backward()
+                optimizer.step()
+        results.append(vector(model))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_unscaled_gradients_are_enough_where_no_squares_are_read():
+    results = []
+    for scaled in (False, True):
+        model, x, y = problem()
+        scaler, optimizer = scaler_of(), BatchInvariantAdam(model.parameters(), **CLASSIC)
+        loss = F.cross_entropy(model(x[:8]), y[:8])
+        if scaled:
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer, batch_size=8)
+        else:
+            loss.backward()
+            optimizer.step(batch_size=8)
+        results.append(vector(model))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_option_is_checked_when_loaded():
+    model = nn.Linear(2, 2)
+    state = BatchInvariantAdam(model.parameters()).state_dict()
+    state["param_groups"][0]["average"] = "exponential"
+    with pytest.raises(GradstatsError, match="debiased_ewma"):
+        BatchInvariantAdam(model.parameters()).load_state_dict(state)
