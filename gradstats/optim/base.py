@@ -291,12 +291,11 @@ class ExampleOptimizer(Optimizer):
         if update.coupled:
             scalars["l2"] = group["weight_decay"]
         elif group["weight_decay"] != 0:
-            known = not isinstance(group["lr"], Tensor) or group["lr"].device.type == "cpu"
-            if known and group["lr"] * group["weight_decay"] > 1:
-                raise GradstatsError(
-                    f"lr = {float(group['lr'])} times weight_decay = {group['weight_decay']} is above 1: no decay factor"
-                )
-            decay = (1 - group["lr"] * group["weight_decay"]) ** (b / group["batch_size"])
+            lr, rate = group["lr"], group["weight_decay"]
+            known = not isinstance(lr, Tensor) or lr.device.type == "cpu"
+            if known and lr * rate > 1:
+                raise GradstatsError(f"lr = {float(lr)} times weight_decay = {rate} is above 1: no decay factor")
+            decay = (1 - lr * rate) ** (b / group["batch_size"])
         return scalars | {"decay": decay}
 
     def _loss_scale(self) -> float | None:
