@@ -16,9 +16,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,11 +97,33 @@ def measure(name: str, steps: int, warmup: int = 3) -> list[Measurement]:
                 seconds[contestant].append(elapsed)
     found = []
     for contestant in STATISTICS:
-        ratios = [a / p for a, p in zip(seconds[contestant], seconds["plain"], strict=True)]
-        lower, middle, upper = statistics.quantiles(ratios, n=4)
+        lower, middle, upper = ratio(seconds[contestant], seconds["plain"])
         plain_ms, attached_ms = (1e3 * statistics.median(seconds[c]) for c in ("plain", contestant))
         found.append(Measurement(name, contestant, plain_ms, attached_ms, lower, middle, upper, steps))
     return found
+
+
+def ratio(seconds: list[float], baseline: list[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of the ratios, pair by pair."""
+    return statistics.quantiles([a / b for a, b in zip(seconds, baseline, strict=True)], n=4, method="inclusive")
+
+
+def machine(threads: int) -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gradstats": gradstats.__version__,
+    }
+
+
+def save(output: Path, threads: int, results: Sequence[Any]) -> None:
+    """Results, which are dataclasses, and the machine that they were measured on."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    written = {"machine": machine(threads), "results": [asdict(result) for result in results]}
+    output.write_text(json.dumps(written, indent=2) + "\n")
+    print(f"written: {output}")
 
 
 def main() -> None:
@@ -121,18 +144,7 @@ def main() -> None:
         row = (f"{m.plain_ms:.1f}", f"{m.attached_ms:.1f}", f"{m.ratio:.2f}", f"{m.lower:.2f} to {m.upper:.2f}")
         table.add_row(m.workload, m.statistics, *row)
     Console().print(table)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "threads": arguments.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "gradstats": gradstats.__version__,
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps({"machine": machine, "results": [asdict(m) for m in found]}, indent=2) + "\n"
-    )
-    print(f"written: {arguments.output}")
+    save(arguments.output, arguments.threads, found)
 
 
 if __name__ == "__main__":

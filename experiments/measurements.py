@@ -24,7 +24,9 @@ BINS = 32
 class Measurements:
     def __init__(self, model: nn.Module, statistics: Handle | None, detail: bool) -> None:
         self.parameters = dict(model.named_parameters())
-        self.statistics = statistics
+        # Micro-batches have another noise, and an optimizer may gather less than it takes.
+        usable = statistics and statistics.granularity == "example" and "second_moment" in statistics.statistics
+        self.statistics = statistics if usable else None
         self.detail = detail
         # A layer is what owns parameters: weight and bias are one.
         self.layers = list(dict.fromkeys(name.rpartition(".")[0] for name in self.parameters))

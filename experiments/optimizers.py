@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import sqrt
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from experiments.config import AdamConfig, BatchInvariantAdamConfig, OptimizerConfig, SGDConfig
+import gradstats
+from experiments import config as schemas
+from experiments.config import AdamConfig, MicrobatchAdamWConfig, OptimizerConfig, SGDConfig
 from experiments.errors import UserError, choose
-from gradstats.optim import BatchInvariantAdam
+from gradstats import optim
+from gradstats.errors import GradstatsError
+from gradstats.optim.base import ExampleOptimizer
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,28 @@ ADAM_RULES: dict[str, Rule] = {
 }
 
 
-def needs_statistics(config: OptimizerConfig) -> bool:
-    return isinstance(config, BatchInvariantAdamConfig)
+def microbatch_adamw(
+    parameters: Iterable[Tensor], microbatch_size: int, batch_size: int, **options: Any
+) -> optim.MicrobatchAdamW:
+    """It counts micro-batches, where the configuration counts examples."""
+    return optim.MicrobatchAdamW(parameters, batch_size=batch_size / microbatch_size, **options)
+
+
+# The library's own take tuned values as they are, whatever the batch size: a schema has their options, by name.
+OURS: dict[type[OptimizerConfig], Callable[..., ExampleOptimizer]] = {
+    schemas.BatchInvariantAdamConfig: optim.BatchInvariantAdam,
+    schemas.BatchInvariantSGDConfig: optim.BatchInvariantSGD,
+    schemas.BatchInvariantRMSpropConfig: optim.BatchInvariantRMSprop,
+    schemas.BatchInvariantSignSGDConfig: optim.BatchInvariantSignSGD,
+    schemas.BatchInvariantLionConfig: optim.BatchInvariantLion,
+    schemas.VarianceAdaptedSGDConfig: optim.VarianceAdaptedSGD,
+    schemas.VarianceAdaptedAdamConfig: optim.VarianceAdaptedAdam,
+    schemas.SaturatingSGDConfig: optim.SaturatingSGD,
+    schemas.SaturatingAdamConfig: optim.SaturatingAdam,
+    schemas.QuenchingSGDConfig: optim.QuenchingSGD,
+    MicrobatchAdamWConfig: microbatch_adamw,
+    schemas.AdaScaleConfig: optim.AdaScale,
+}
 
 
 def build_optimizer(
@@ -65,21 +91,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The method at the batch size of the run. Raises UserError for values that the optimizer refuses.
 
-    max_norm clips the running average of batch-size-invariant Adam; torch's optimizers cannot, and for them it is the
-    training loop that clips the gradient.
+    max_norm clips the running average of the library's optimizers; torch's cannot, and for them it is the training
+    loop that clips the gradient.
     """
     try:
+        if (ours := OURS.get(type(config))) is not None:
+            return bounded(ours(parameters, **options(config)), max_norm)
         match config:
-            case BatchInvariantAdamConfig():
-                return BatchInvariantAdam(
-                    parameters,
-                    lr=config.lr,
-                    betas=config.betas,
-                    eps=config.eps,
-                    batch_size=config.batch_size,
-                    reference_batch_size=config.reference_batch_size,
-                    max_norm=max_norm,
-                )
             case AdamConfig():
                 rule = choose(ADAM_RULES, config.name, "optimizer.name")
                 tuned = Hyperparameters(config.lr, config.betas, config.eps)
@@ -90,5 +108,48 @@ def build_optimizer(
                 return torch.optim.SGD(parameters, lr=config.lr * batch_size / config.batch_size, fused=True)
             case _:
                 raise UserError(f"optimizer={config.name} has no schema_* of experiments/config.py in its defaults")
-    except ValueError as error:
+    except (ValueError, GradstatsError) as error:
         raise UserError(f"optimizer={config.name}: {error}") from error
+
+
+def bounded(optimizer: ExampleOptimizer, max_norm: float | None) -> ExampleOptimizer:
+    """With its running average clipped. Raises: GradstatsError if it has none that could be."""
+    if max_norm is None:
+        return optimizer
+    for group in optimizer.param_groups:
+        if "max_norm" not in group:
+            raise GradstatsError(f"{type(optimizer).__name__} has no norm to clip: set train.max_norm=null")
+        group["max_norm"] = max_norm
+    return optimizer
+
+
+def options(config: OptimizerConfig) -> dict[str, Any]:
+    """What the optimizer's constructor is given."""
+    return {key: value for key, value in asdict(config).items() if key not in ("name", "label")}
+
+
+def read_statistics(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The statistics that `attach` must gather for an optimizer; torch's own read none."""
+    if not isinstance(optimizer, ExampleOptimizer):
+        return ()
+    return tuple(dict.fromkeys(name for group in optimizer.param_groups for name in optimizer.statistics(group)))
+
+
+def attach_statistics(
+    model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimizerConfig, *more: str, engine: str = "fused"
+) -> gradstats.Handle | None:
+    """What the optimizer reads, and more; a model of which nothing is read stays plain."""
+    names = tuple(dict.fromkeys((*read_statistics(optimizer), *more)))
+    if not names:
+        return None
+    if isinstance(config, MicrobatchAdamWConfig):
+        size = config.microbatch_size
+        return gradstats.attach(model, *names, engine=engine, granularity="microbatch", microbatch_size=size)
+    return gradstats.attach(model, *names, engine=engine)
+
+
+def stepper(optimizer: torch.optim.Optimizer, batch_size: int | None) -> Callable[[], Any]:
+    """Takes a step; the library's own are told the batch size where no statistics know it."""
+    if isinstance(optimizer, ExampleOptimizer):
+        return partial(optimizer.step, batch_size=batch_size)
+    return optimizer.step

@@ -75,12 +75,19 @@ def memory(measured: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{shape}; torch {m['torch']}, {m['machine']}."])
 
 
-def fill(text: str, name: str, written: str) -> str:
-    """Replaces what stands between the markers called `name`. Raises: UserError if there are none."""
+def fill(text: str, name: str, written: str, document: Path = README) -> str:
+    """Replaces what stands between the document's markers called `name`. Raises: UserError if there are none."""
     markers = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not markers.search(text):
-        raise UserError(f"{README} has no lines '<!-- {name}: ... -->' and '<!-- /{name} -->' to write between")
+        raise UserError(f"{document} has no lines '<!-- {name}: ... -->' and '<!-- /{name} -->' to write between")
     return markers.sub(lambda m: f"{m[1]}{written}\n{m[2]}", text)
+
+
+def fill_document(document: Path, name: str, written: str) -> None:
+    """`fill` in a file, by itself."""
+    text = fill(document.read_text(encoding="utf-8"), name, written, document)
+    with atomic_write(document) as file:
+        file.write(text.encode())
 
 
 def write(directory: Path) -> None:

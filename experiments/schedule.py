@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import floor, pi, sin
+from math import floor
 
 import numpy as np
 
 from experiments.config import Decay
 from experiments.errors import UserError
+from gradstats.optim import Constant, Cosine, Linear, Schedule, Warmup
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Multiplier f of the learning rate at e examples, with W = warmup, T = total and H = T - W:
+def learning_rate_schedule(warmup: int, total: int, decay: Decay) -> Schedule:
+    """Multiplier of the learning rate: linear up to 1 over the warm-up, and then the decay over the rest of the run.
 
-        f(e) = e / W                        e < W
-               1                            none        then
-               1 - (e - W) / H              linear
-               (1 + cos(pi (e - W) / H))/2  cosine
-
-    A step that covers the examples from e to e + B is multiplied by the mean of f over them,
-    (F(e + B) - F(e)) / B with F the integral of f: so the sum of B f over a run does not depend on B.
+    Raises UserError if no run is left after the warm-up.
     """
-
-    warmup: int
-    total: int
-    decay: Decay
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup < self.total:
-            raise UserError(
-                f"train.warmup_examples={self.warmup} must be at least 0 and less than the run's {self.total} examples"
-            )
-
-    def mean(self, start: int, stop: int) -> float:
-        """Mean multiplier over the examples start to stop, start < stop."""
-        return (self.integral(stop) - self.integral(start)) / (stop - start)
-
-    def integral(self, examples: int) -> float:
-        """Integral of the multiplier over the first examples."""
-        if examples < self.warmup:
-            return examples**2 / (2 * self.warmup)
-        return self.warmup / 2 + DECAY_INTEGRALS[self.decay](examples - self.warmup, self.total - self.warmup)
-
-
-# Of the u examples since the warm-up, of h in all.
-DECAY_INTEGRALS: dict[Decay, Callable[[int, int], float]] = {
-    Decay.none: lambda u, h: u,
-    Decay.linear: lambda u, h: u - u**2 / (2 * h),
-    Decay.cosine: lambda u, h: u / 2 + h / (2 * pi) * sin(pi * u / h),
-}
+    if not 0 <= warmup < total:
+        raise UserError(f"train.warmup_examples={warmup} must be at least 0 and less than the run's {total} examples")
+    rest = total - warmup
+    following: dict[Decay, Schedule] = {
+        Decay.none: Constant(),
+        Decay.linear: Linear(rest),
+        Decay.cosine: Cosine(rest),
+    }
+    return Warmup(warmup).then(following[decay])
 
 
 def budget(epochs: float, examples: int, multiple: int, batch_size: int) -> int:

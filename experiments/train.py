@@ -23,20 +23,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-import gradstats
 from experiments import checkpoint, record
 from experiments.config import CONF, NOT_IN_FINGERPRINT, Config, Device, as_config, check_ranges, is_lasting
 from experiments.data import Split, load_data
 from experiments.errors import Diverged, UserError, as_user_errors, command_line
 from experiments.measurements import Measurements
 from experiments.models import build_model
-from experiments.optimizers import build_optimizer, needs_statistics
+from experiments.optimizers import attach_statistics, build_optimizer, stepper
 from experiments.progress import Notify, progress_bar, silent
 from experiments.record import Record
 from experiments.resume import previous_run, restore, save
 from experiments.sampler import Sampler
-from experiments.schedule import Schedule, budget, evaluation_counts, every
+from experiments.schedule import budget, evaluation_counts, every, learning_rate_schedule
 from experiments.tracker import Value, how_to_look, open_tracker
+from gradstats.optim.base import ExampleOptimizer
 
 EVALUATION_BATCH = 4096
 LONGEST_TAG = 64  # W&B refuses longer ones
@@ -64,18 +64,20 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
     B = config.train.batch_size
     sampler = Sampler(len(data.train), B, config.seed, device)
     total = budget(config.train.epochs, len(data.train), config.evaluation.multiple, B)
-    schedule = Schedule(config.train.warmup_examples, total, config.train.decay)
+    schedule = learning_rate_schedule(config.train.warmup_examples, total, config.train.decay)
     evaluations = evaluation_counts(total, config.evaluation.multiple, config.evaluation.count)
     checkpoints = every(config.train.checkpoint_every_examples, B, total)
     stops = sorted({*evaluations, *checkpoints, *every(config.train.log_every_examples, B, total)})
 
     torch.manual_seed(config.seed)
     model = build_model(config.model, data.shape, data.classes).to(device)
-    statistics = attach_statistics(model, config)
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, config.optimizer, B, config.train.max_norm)
+    detail = ("second_moment", "norms") if config.tracker.detail else ()
+    statistics = attach_statistics(model, optimizer, config.optimizer, *detail, engine=config.engine.name)
     peak_lr = optimizer.param_groups[0]["lr"]
-    gradient_limit = None if needs_statistics(config.optimizer) else config.train.max_norm
+    gradient_limit = None if isinstance(optimizer, ExampleOptimizer) else config.train.max_norm
+    step = stepper(optimizer, B if statistics is None else None)
     measurements = Measurements(model, statistics, config.tracker.detail)
     forward = torch.compile(model) if config.hardware.compile else model
     precision = torch.autocast(device.type, torch.bfloat16) if config.hardware.bf16 else nullcontext()
@@ -104,7 +106,7 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
                 if gradient_limit is not None:
                     nn.utils.clip_grad_norm_(parameters, gradient_limit)
                 optimizer.param_groups[0]["lr"] = peak_lr * schedule.mean(sampler.position - B, sampler.position)
-                optimizer.step()
+                step()
 
             # The last one tells whether the last step kept the parameters finite.
             observed = torch.stack([*losses, nn.utils.get_total_norm(parameters)]).tolist()
@@ -147,14 +149,6 @@ def prepare(config: Config) -> torch.device:
     if config.device is Device.cuda and not available:
         raise UserError("device=cuda, but torch sees no GPU here: use device=cpu or device=auto")
     return torch.device("cuda" if available and config.device is not Device.cpu else "cpu")
-
-
-def attach_statistics(model: nn.Module, config: Config) -> gradstats.Handle | None:
-    """What the optimizer needs, and what the detailed panels show; torch's own optimizers alone get a plain model."""
-    detail = config.tracker.detail
-    if not detail and not needs_statistics(config.optimizer):
-        return None
-    return gradstats.attach(model, "second_moment", *(["norms"] if detail else []), engine=config.engine.name)
 
 
 @torch.no_grad()

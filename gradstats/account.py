@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstats.errors import CoverageError, LifetimeError, MissingStatistic
-from gradstats.gradient import State, fresh, same_sample, sample, state_of, untouched
+from gradstats.gradient import Left, fresh, untouched
 from gradstats.sums import SUMS, RawSum
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ class Account:
         self._subject: Tensor | None = None  # the parameter that the hooks are on
         self._hooks: list[Any] = []
         self._returned: list[tuple[Tensor, int]] = []  # gradients in the backward under way, with their versions
-        self._left: State | None = None  # of p.grad when it was last accumulated
-        self._sample: Tensor | None = None  # of its entries, if statistics are read from them too
+        self.left: Left | None = None  # p.grad when it was last accumulated
         self._explained = False  # the gradient that arrived last was the leaf's
         self._cast_seen = False
 
@@ -128,8 +127,13 @@ class Account:
             p.register_hook(self._arrives),
             p.register_post_accumulate_grad_hook(lambda p: (alive := accumulated()) and alive(p)),
         ]
-        # Before the user's own, one of which may take an optimizer's step and the gradient away.
-        p._post_accumulate_grad_hooks.move_to_end(self._hooks[1].id, last=False)  # type: ignore[attr-defined]
+        # Before the user's own, one of which may take an optimizer's step and the gradient away. They run in the order
+        # of insertion, whatever move_to_end says.
+        hooks = p._post_accumulate_grad_hooks
+        others = [(key, hook) for key, hook in hooks.items() if key != self._hooks[1].id]
+        for key, hook in others:
+            del hooks[key]
+            hooks[key] = hook
         self.handle.register(p, self.name)
 
     # Backward
@@ -176,8 +180,7 @@ class Account:
 
     def _accumulated(self, p: Tensor) -> None:
         if p.grad is not None and self._explained:
-            self._left = state_of(p.grad)
-            self._sample = sample(p.grad) if self.handle.reads_gradient else None
+            self.left = self.handle.note(p.grad)
 
     def _outside(self, incoming: Tensor) -> CoverageError:
         return CoverageError(
@@ -192,18 +195,12 @@ class Account:
     @property
     def untouched(self) -> bool:
         """Whether p.grad is as the last backward pass left it."""
-        return untouched(self.parameter.grad, self._left)
-
-    @property
-    def unchanged(self) -> bool:
-        """The same, by values too: some change p.grad and leave no mark on it. Waits for the device."""
-        grad = self.parameter.grad
-        return self.untouched and grad is not None and same_sample(grad, self._sample)
+        return self.left is not None and untouched(self.parameter.grad, self.left.state)
 
     @property
     def fresh(self) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-        return fresh(self.parameter.grad, self._left)
+        return fresh(self.parameter.grad, self.left.state if self.left is not None else None)
 
     def begin_use(self, backward_pass: int, first_open: int) -> None:
         """The first use of the parameter in a backward pass: does its p.grad go with its statistics?"""

@@ -25,6 +25,7 @@ def attach(
     granularity: str = "example",
     microbatch_size: int | None = None,
     grad_scaler: Any = None,
+    follow_clipping: bool = False,
 ) -> Handle:
     """Gathers statistics of the per-example gradients of `model` in every backward pass from here on.
 
@@ -61,6 +62,10 @@ def attach(
             loss itself, by the scale at the time of the backward pass, before and after scaler.unscale_, scaler.step
             and scaler.update; inf or nan where gradients overflowed. BatchInvariantAdam needs no such argument, and
             takes no harm from it.
+        follow_clipping: for trainers that clip by themselves. Once p.grad of all parameters was multiplied by one
+            factor f (torch.nn.utils.clip_grad_norm_), so are the contributions, and statistics are those of the clipped
+            gradient. f is recognised from two numbers of every gradient, noted in each backward pass; any other change
+            is refused. In a loop of one's own, `stats.clip_grad_norm_` needs no such argument.
 
     The model keeps its class names, parameters and state_dict. Only calls with gradients enabled are affected. The
     handle is also a context manager that detaches. Examples are rows of the batch: positions are summed before
@@ -83,6 +88,7 @@ def attach(
     )
     if grad_scaler is not None:
         handle.follow(grad_scaler)
+    handle.follows_clipping = follow_clipping
     return handle
 
 

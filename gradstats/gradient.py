@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 State = tuple[int, int]
 
+COLUMNS = 512  # in which a fingerprint lays a gradient out: short enough for float32 sums to keep their digits
+
+
+class Left:
+    """p.grad of one parameter as the last backward pass left it, and by what it was multiplied since."""
+
+    def __init__(self, gradient: Tensor, sampled: bool = False, followed: bool = False):
+        self.state = self.known = state_of(gradient)
+        self.sample = sample(gradient) if sampled else None
+        self.fingerprint = fingerprint(gradient) if followed else None
+        self.factor: float | None = None if followed else 1.0  # None: not known yet
+
+    def multiplied(self, gradient: Tensor, factor: float) -> None:
+        """p.grad is `factor` times what the backward pass left."""
+        self.known, self.factor = state_of(gradient), factor
+        if self.sample is not None:
+            self.sample = sample(gradient)
+
+    def fits(self, gradient: Tensor | None) -> bool:
+        """Whether p.grad is still what is known of it. Waits for the device if it was sampled."""
+        if gradient is None or not untouched(gradient, self.known):
+            return False
+        return self.sample is None or same_sample(gradient, self.sample)
+
 
 def state_of(gradient: Tensor) -> State:
     """Address and version: a gradient that has both still was not changed by an operation of autograd's."""
-    values = gradient._values() if gradient.is_sparse else gradient
-    return values.data_ptr(), gradient._version
+    return values_of(gradient).data_ptr(), gradient._version
+
+
+def values_of(gradient: Tensor) -> Tensor:
+    return gradient.detach()._values() if gradient.is_sparse else gradient.detach()
 
 
 def untouched(gradient: Tensor | None, left: State | None) -> bool:
@@ -26,9 +55,30 @@ def fresh(gradient: Tensor | None, left: State | None) -> bool:
 
 def sample(gradient: Tensor) -> Tensor:
     """Sixteen entries, in which shows what leaves no mark on the tensor: GradScaler.unscale_, changes of .data."""
-    values = gradient.detach()._values() if gradient.is_sparse else gradient.detach()
+    values = values_of(gradient)
     return values.reshape(-1)[:: max(1, values.numel() // 16)][:16].clone()
 
 
-def same_sample(gradient: Tensor, noted: Tensor | None) -> bool:
-    return noted is None or torch.allclose(sample(gradient), noted, rtol=0, atol=0, equal_nan=True)
+def same_sample(gradient: Tensor, noted: Tensor) -> bool:
+    return torch.allclose(sample(gradient), noted, rtol=0, atol=0, equal_nan=True)
+
+
+@torch.no_grad()
+def fingerprint(gradient: Tensor) -> Tensor:
+    """||g|| and <r, g> for a random r (2,): both are multiplied by f where g is, and by nothing else that is likely to
+    happen to a gradient. r is an outer product, so that g is read but not copied."""
+    values = values_of(gradient).reshape(-1)
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    n = len(values) // COLUMNS
+    rows, rest = values[: n * COLUMNS].view(n, COLUMNS), values[n * COLUMNS :]
+    across = direction(COLUMNS, values.dtype, values.device)
+    squares = torch.linalg.vector_norm(rows, dim=1).square().sum() + rest.square().sum()
+    along = (rows @ across * direction(n, values.dtype, values.device)).sum() + rest @ across[: len(rest)]
+    return torch.stack([squares.sqrt(), along])
+
+
+@cache
+def direction(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random numbers in [-1, 1], always the same."""
+    numbers = torch.rand(length, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
+    return (2 * numbers - 1).to(device, dtype)

@@ -11,8 +11,10 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gradstats.clipping import clip, recognise
 from gradstats.errors import GradstatsError, LifetimeError, MissingStatistic
-from gradstats.loss_scale import LossScale
+from gradstats.gradient import Left
+from gradstats.loss_scale import LossScale, includes
 from gradstats.reading import Readable, keys
 from gradstats.statistics import STATISTICS, Wanted, statistic_of
 from gradstats.sums import SUMS, register
@@ -62,6 +64,7 @@ class Handle(Readable):
         self.shadowed = tuple(need for need in self.needs if SUMS[need].persistent)
         self.stepwise = tuple(need for need in self.needs if not SUMS[need].persistent)
         self.loss_scale: LossScale | None = None
+        self.follows_clipping = False
         self._names: dict[int, str] = {}  # id of a registered parameter -> its full name
 
     @property
@@ -87,8 +90,8 @@ class Handle(Readable):
         """
 
     @abstractmethod
-    def untouched(self, name: str) -> bool:
-        """Whether p.grad is as the last backward pass left it."""
+    def left(self, name: str) -> Left | None:
+        """p.grad as the last backward pass left it; made by `note`."""
 
     @abstractmethod
     def has(self, name: str) -> bool:
@@ -132,6 +135,10 @@ class Handle(Readable):
             if p.requires_grad:
                 self.loss_scale.follow(p)
 
+    def note(self, gradient: Tensor) -> Left:
+        """What is kept of p.grad after a backward pass."""
+        return Left(gradient, self.reads_gradient, self.follows_clipping)
+
     def __repr__(self) -> str:
         names = ", ".join(self.statistics)
         return f"{type(self).__name__}({type(self.model).__name__}: {names}; batch_size={self.batch_size})"
@@ -141,6 +148,17 @@ class Handle(Readable):
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+    # Clipping
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clips the norm of the gradient over all attached parameters as torch.nn.utils.clip_grad_norm_ does, and with
+        it every statistic, p.grad <- f p.grad and g_b <- f g_b with f = min(1, max_norm / (norm + 1e-6)).
+
+        Returns the norm before. Under a GradScaler, name it (attach's grad_scaler) and call scaler.unscale_ first.
+        Raises: LifetimeError for a gradient that was changed since the backward pass, or still carries a loss scale.
+        """
+        return clip(self, max_norm)
 
     # Reading
 
@@ -193,22 +211,51 @@ class Handle(Readable):
         sums, size = self.sums(name, needs)
         parameter = self.parameter(name)
         assert parameter is not None
-        gradient = parameter.grad if needs_gradient else None
-        if gradient is not None and not self.untouched(name):
+        factor = self.factor(name) if needs or needs_gradient else 1.0
+        gradient, left = parameter.grad if needs_gradient else None, self.left(name)
+        if gradient is not None and not (left is not None and left.fits(gradient)):
             raise LifetimeError(
                 f"the gradient of '{name}' was changed in place after the backward pass (clipping, unscaling), so it "
-                f"no longer fits the squares. Read this statistic before, clip with the optimizer's max_norm, and name "
-                f"a GradScaler: attach(..., grad_scaler=scaler)."
+                f"no longer fits the squares. Clip with the optimizer's max_norm or stats.clip_grad_norm_(max_norm); "
+                f"where a trainer clips, attach(..., follow_clipping=True); name a GradScaler, attach(..., "
+                f"grad_scaler=scaler); or read this statistic before."
             )
-        return Window(sums, gradient, size, self.loss_reduction, parameter.numel())
+        return Window(sums, gradient, size, self.loss_reduction, parameter.numel(), factor=factor)
 
-    def without_loss_scale(self, key: str | Tensor, window: Window) -> Window:
-        """The same in units of the loss before the grad_scaler given to `attach` multiplied it. Raises: LifetimeError
-        if there is no one scale."""
+    def factor(self, name: str) -> float:
+        """By what p.grad was multiplied since the backward pass: 1, unless that was said or is followed.
+
+        Raises: LifetimeError if it cannot be told.
+        """
+        left, parameter = self.left(name), self.parameter(name)
+        if left is None or parameter is None:
+            return 1.0
+        if self.follows_clipping:
+            if not left.fits(parameter.grad):
+                if parameter.grad is not None:
+                    recognise(self)
+            elif left.factor is None:
+                left.factor = 1.0
+        if left.factor is None:
+            raise LifetimeError(
+                f"the gradient of '{name}' was zeroed before anything was read, so that it cannot be told whether it "
+                f"was clipped. Read statistics, or step with an optimizer of gradstats, before zero_grad()"
+            )
+        return left.factor
+
+    def without_loss_scale(self, key: str | Tensor, window: Window, unscaled: bool = False) -> Window:
+        """The same in units of the loss before the grad_scaler given to `attach` multiplied it. `unscaled`: p.grad is
+        known to be in these units already. Raises: LifetimeError if there is no one scale."""
         if self.loss_scale is None:
             return window
         name = self.name_of(key)
         parameter = self.parameter(name)
         assert parameter is not None
-        gradient = 1.0 if window.gradient is None else self.loss_scale.of_gradient(name, parameter)
-        return replace(window, loss_scale=self.loss_scale.of_squares(name, parameter), gradient_scale=gradient)
+        scale = of_gradient = self.loss_scale.of_squares(name, parameter)
+        if unscaled and window.factor == 1:
+            of_gradient = 1.0
+        elif unscaled or window.gradient is not None:
+            of_gradient = self.loss_scale.of_gradient(name, parameter, window.factor)
+        if of_gradient == scale and includes(window.factor, scale):
+            return window  # its factor brings sums to these units
+        return replace(window, loss_scale=scale, gradient_scale=of_gradient)

@@ -70,7 +70,7 @@ class LossScale:
         if note is None or p.grad is None or fresh(p.grad, note.left):
             self._arrived[p] = None
         else:
-            self._arrived[p] = largest(p.grad) == note.largest
+            self._arrived[p] = torch.isclose(largest(p.grad), note.largest, rtol=0, atol=0, equal_nan=True)
 
     @torch.no_grad()
     def _accumulated(self, p: Tensor) -> None:
@@ -107,11 +107,14 @@ class LossScale:
             )
         return float(note.scale)
 
-    def of_gradient(self, name: str, parameter: Tensor) -> float:
-        """What p.grad is still multiplied by: 1 once it was unscaled. Raises: LifetimeError if it is neither."""
+    def of_gradient(self, name: str, parameter: Tensor, factor: float = 1.0) -> float:
+        """What p.grad is still multiplied by: 1 once it was unscaled, by something beside `factor`.
+
+        Raises: LifetimeError if it is neither.
+        """
         scale, note, gradient = self.of_squares(name, parameter), self._notes[parameter], parameter.grad
         assert gradient is not None
-        before, now = float(note.largest), float(largest(gradient))
+        before, now = float(note.largest) * factor, float(largest(gradient))
         if not bool(note.whole):
             raise LifetimeError(
                 f"the gradient of '{name}' was unscaled before another backward pass added to it. Call zero_grad() "
@@ -124,8 +127,31 @@ class LossScale:
             return 1.0
         raise LifetimeError(
             f"the gradient of '{name}' was changed after the backward pass by something other than grad_scaler, so it "
-            f"no longer fits the squares. Read this statistic before, and clip with the optimizer's max_norm"
+            f"no longer fits the squares. Read this statistic before, and clip with the optimizer's max_norm, with "
+            f"stats.clip_grad_norm_(max_norm) after scaler.unscale_, or attach(..., follow_clipping=True)"
         )
+
+    def divided(self, name: str, parameter: Tensor, factor: float) -> float:
+        """By what p.grad was unscaled since it was multiplied by `factor`; 1 if that included it.
+
+        Raises: LifetimeError if it was not unscaled.
+        """
+        scale = self.of_squares(name, parameter)
+        if self.of_gradient(name, parameter, factor) == 1:
+            return scale
+        if includes(factor, scale):
+            return 1.0
+        if 0 < float(self._notes[parameter].largest) < math.inf:
+            raise LifetimeError(
+                f"the gradient of '{name}' still carries the loss scale {scale:g}: call scaler.unscale_(optimizer) "
+                f"before its norm is clipped"
+            )
+        return scale
+
+
+def includes(factor: float, scale: float) -> bool:
+    """Whether a gradient that was multiplied by `factor` was unscaled by that, as is likely for a very small one."""
+    return factor != 1 and factor * scale**0.5 < 1
 
 
 def largest(gradient: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Contributions add up over accumulation steps, so leaves only ever keep raw sums; scale and batch size enter here, once,
 on reading.
 
-    g_b = scale c_b          scale = B for a mean loss, 1 for a sum loss; under GradScaler, over the loss's scale
+    g_b = scale c_b          scale = B for a mean loss, 1 for a sum loss; under GradScaler, over the loss's scale;
+                             times f where the gradient was clipped
     m   = scale/B sum c_b    mean gradient
 """
 
@@ -27,6 +28,7 @@ class Window:
     `sums` maps keys of raw sums to those of one parameter; `gradient` is sum_b c_b, that is p.grad; `batch_size` counts
     examples, or positions or micro-batches where that granularity was asked for; `elements` those of the parameter.
     `loss_scale` is what a GradScaler multiplied the loss by, and `gradient_scale` what `gradient` still carries of it.
+    `factor` is what `gradient` was multiplied by since the backward pass, where that is followed; `sums` were not.
     """
 
     sums: Mapping[str, Tensor]
@@ -36,11 +38,17 @@ class Window:
     elements: int = 0
     loss_scale: float = 1.0
     gradient_scale: float = 1.0
+    factor: float = 1.0
 
     @property
     def scale(self) -> float:
-        """g_b / c_b."""
-        return (self.batch_size if self.loss_reduction == "mean" else 1) / self.loss_scale
+        """g_b / c_b, for c_b as they are in `sums`."""
+        return self.factor * (self.batch_size if self.loss_reduction == "mean" else 1) / self.loss_scale
+
+    @property
+    def mean_scale(self) -> float:
+        """m / p.grad."""
+        return (1 if self.loss_reduction == "mean" else 1 / self.batch_size) / self.gradient_scale
 
     @property
     def mean(self) -> Tensor:
@@ -49,7 +57,7 @@ class Window:
             raise GradstatsError(
                 "the mean gradient is needed, but p.grad is None: read this statistic before zero_grad()"
             )
-        return wide(self.gradient.to_dense()) * (self.scale * self.loss_scale / self.gradient_scale / self.batch_size)
+        return wide(self.gradient.to_dense()) * self.mean_scale
 
 
 class Statistic(ABC):

@@ -25,7 +25,7 @@ from tests.trap_probe import PROBE
 from tests.traps import EXACT, MODES, TRAPS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/exactness.md", "docs/experiments.md"]
+PAGES = ["README.md", "docs/exactness.md", "docs/experiments.md", "docs/optimizers.md"]
 README = (ROOT / PAGES[0]).read_text()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 BLOCKS = [block for name in PAGES for block in BLOCK.findall((ROOT / name).read_text())]

@@ -26,7 +26,7 @@ from tests.gradstats import (
     test_models,
     test_units,
 )
-from tests.gradstats.optim import test_adam
+from tests.gradstats.optim import test_adam, test_state, test_torch
 from tests.gradstats.rules import test_embedding_bag, test_fallback, test_recurrent, test_refusals, test_shapes
 from tests.layers import LAYERS, RECURRENT, Attention, B, Conv1D, Positions, floats, ids
 from tests.trap_models import (
@@ -339,7 +339,7 @@ TRAPS: dict[int, Trap] = {
             "pickle": Case(sequential, floats(3, 4), step=copied(lambda m: pickle.loads(pickle.dumps(m)))),
             "torch.save": Case(sequential, floats(3, 4), step=copied(saved)),
         },
-        (test_handle.test_copies_have_weights_and_statistics_of_their_own, test_adam.test_copy_of_model_and_optimizer),
+        (test_handle.test_copies_have_weights_and_statistics_of_their_own, test_state.test_copy_of_model_and_optimizer),
     ),
     18: Trap(
         "subclasses, and classes swapped at run time",
@@ -409,7 +409,7 @@ TRAPS: dict[int, Trap] = {
         "batch sizes that change: debiasing, and the floor for R above B",
         elsewhere=(
             test_adam.test_follows_its_equations,
-            test_adam.test_is_torchs_at_the_tuned_batch_size,
+            test_torch.test_is_torchs_in_float64,
             test_units.test_splitting_batches_changes_nothing,
             test_adversary.test_estimates_across_steps_never_make_a_root_of_a_negative,
         ),

@@ -22,6 +22,7 @@ from gradstats.caller import LEAF, Caller
 from gradstats.coverage import ignored, table
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
+from gradstats.gradient import Left
 from gradstats.handle import Handle
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
@@ -250,8 +251,8 @@ class FusedHandle(Handle):
             found[need] = value
         return found, account.batch_size
 
-    def untouched(self, name: str) -> bool:
-        return self.accounts[name].unchanged
+    def left(self, name: str) -> Left | None:
+        return self.accounts[name].left
 
     def has(self, name: str) -> bool:
         return bool(self.accounts[name].generations)

@@ -25,7 +25,7 @@ from gradstats.coverage import ignored, table
 from gradstats.engines.passes import Pass, Passes
 from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
 from gradstats.function import no_autocast
-from gradstats.gradient import State, fresh, state_of, untouched
+from gradstats.gradient import Left, fresh, untouched
 from gradstats.handle import Handle, handle_of
 from gradstats.reading import ByParameter
 from gradstats.statistics import SecondMoment, SimpleNoiseScale, Variance, Wanted
@@ -43,7 +43,7 @@ class Sums:
     first: int  # the first of these passes
     totals: dict[str, Tensor] = field(default_factory=dict)
     steps: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # sums with an entry a pass
-    left: State | None = None  # of p.grad after the last pass
+    left: Left | None = None  # p.grad after the last pass
     unseen: bool = False  # p.grad holds more than the passes added
 
     def add(self, index: int, found: dict[str, Tensor]) -> None:
@@ -109,7 +109,13 @@ class MicrobatchHandle(Handle):
 
     def fresh(self, name: str) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-        return fresh(self.parameters()[name].grad, self._left(name))
+        left = self.left(name)
+        return fresh(self.parameters()[name].grad, left.state if left is not None else None)
+
+    def untouched(self, name: str) -> bool:
+        """Whether p.grad is as the last backward pass left it."""
+        left = self.left(name)
+        return left is not None and untouched(self.parameters()[name].grad, left.state)
 
     @torch.no_grad()
     def commit(self, ended: Pass) -> None:
@@ -137,7 +143,7 @@ class MicrobatchHandle(Handle):
                 c, found = contribution.sums(self.needs)
             sums.add(self._count, found | {GRADIENT.key: wide(c)} if self.granularity == "example" else found)
             grad = self.parameters()[name].grad
-            sums.left = None if grad is None else state_of(grad)
+            sums.left = None if grad is None else self.note(grad)
 
     def new_examples(self) -> None:
         self._passes.new_examples()
@@ -198,10 +204,7 @@ class MicrobatchHandle(Handle):
             )
         return found[0]
 
-    def untouched(self, name: str) -> bool:
-        return untouched(self.parameters()[name].grad, self._left(name))
-
-    def _left(self, name: str) -> State | None:
+    def left(self, name: str) -> Left | None:
         return self._sums[name].left if name in self._sums else None
 
     def has(self, name: str) -> bool:

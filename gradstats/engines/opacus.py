@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from gradstats.arguments import ExampleDims
 from gradstats.contribution import Contribution, Dense
 from gradstats.coverage import table
-from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
-from gradstats.gradient import State, state_of, untouched
+from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
+from gradstats.gradient import Left, fresh, untouched
 from gradstats.handle import Handle, handle_of
 from gradstats.rules.registry import checked, refuse_coupling
 
@@ -58,7 +58,8 @@ class OpacusHandle(Handle):
             raise CoverageError(f"Opacus does not cover this model: {error}") from error
         self.hooks: list[Any] = [model.register_forward_pre_hook(self._refuse_evaluation)]
         self._passes: dict[str, int] = {}  # backward passes since the gradient was last None
-        self._left: dict[str, State] = {}  # of p.grad when it was last accumulated
+        self._left: dict[str, Left] = {}  # p.grad when it was last accumulated
+        self._unseen: set[str] = set()  # whose gradient was changed between two backward passes
         for name, p in self.parameters().items():
             self.register(p, name)
             if p.requires_grad:
@@ -72,11 +73,18 @@ class OpacusHandle(Handle):
             )
 
     def _count(self, name: str, p: nn.Parameter) -> None:
-        self._passes[name] = 1 if p.grad is None else self._passes.get(name, 0) + 1
+        left = self._left.get(name)
+        state = left.state if left is not None else None
+        if fresh(p.grad, state):
+            self._passes[name] = 0
+            self._unseen.discard(name)
+        elif not untouched(p.grad, state):
+            self._unseen.add(name)
+        self._passes[name] = self._passes.get(name, 0) + 1
 
     def _remember(self, name: str, p: Tensor) -> None:
         if p.grad is not None:
-            self._left[name] = state_of(p.grad)
+            self._left[name] = self.note(p.grad)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -85,6 +93,11 @@ class OpacusHandle(Handle):
         parts = self._parts(name)
         if parts is None:
             raise MissingStatistic(f"parameter '{name}' has no statistics: call loss.backward() first")
+        if name in self._unseen:
+            raise LifetimeError(
+                f"the gradient of '{name}' was changed between two backward passes: its statistics are no longer those "
+                f"of one gradient. Clip after the last of them, and call zero_grad() before the first"
+            )
         contribution: Contribution = Dense(torch.cat(parts))
         if contribution.count != self.batch_size:
             raise CoverageError(
@@ -107,8 +120,8 @@ class OpacusHandle(Handle):
         p.grad_sample = parts  # type: ignore[attr-defined]
         return parts
 
-    def untouched(self, name: str) -> bool:
-        return untouched(self.parameters()[name].grad, self._left.get(name))
+    def left(self, name: str) -> Left | None:
+        return self._left.get(name)
 
     def has(self, name: str) -> bool:
         return getattr(self.parameters()[name], "grad_sample", None) is not None

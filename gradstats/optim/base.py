@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -106,6 +106,10 @@ class ExampleOptimizer(Optimizer):
     def prepare(self, parts: list[Part]) -> None:
         """May add to the scalars what takes all parameters to know."""
 
+    def values_at(self, group: Mapping[str, Any], batch_size: float) -> dict[str, Any]:
+        """For `describe`: what a step of B examples has in place of lr B/batch_size and beta^(B/batch_size)."""
+        return {}
+
     # Options
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -143,6 +147,18 @@ class ExampleOptimizer(Optimizer):
             return "plain torch, block by block (no compiler was found)"
         return f"compiled ({names})"
 
+    def describe(self, *batch_sizes: float) -> str:
+        """A table of the values at these batch sizes, in torch's units where torch has such an optimizer."""
+        from gradstats.optim.describe import describe
+
+        return describe(self, *batch_sizes)
+
+    def to_torch(self, batch_size: int) -> Optimizer:
+        """torch's optimizer that goes on as this one does at batches of `batch_size`: see convert.py."""
+        from gradstats.optim.convert import to_torch
+
+        return to_torch(self, batch_size)
+
     # Stepping
 
     @torch.no_grad()
@@ -157,6 +173,8 @@ class ExampleOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise GradstatsError(f"batch_size is a number of examples, at least 1; got {batch_size!r}")
         loss_scale = self._loss_scale()
         if loss_scale is not None:
             self._step(loss_scale, batch_size)
@@ -259,7 +277,8 @@ class ExampleOptimizer(Optimizer):
                 allocate(p, state, update)
             seen = int(state["step"]) + b
             ages = tuple((name, int(state[f"{name}_step"]) + b) for name in younger)
-            key = (choice, seen, ages, window.scale, window.loss_scale, p.device, p.dtype)
+            numbers = tuple(float(state[name]) for name in update.numbers)
+            key = (choice, seen, ages, numbers, window.scale, window.loss_scale, p.device, p.dtype)
             part = parts.get(key)
             if part is None:
                 age = Age(b, seen, ages)
@@ -282,8 +301,7 @@ class ExampleOptimizer(Optimizer):
         self, group: Mapping[str, Any], age: Age, update: Update, window: Window, loss_scale: float
     ) -> dict[str, Any]:
         sign, b = -1.0 if group["maximize"] else 1.0, age.batch_size
-        of_gradient = window.scale * window.loss_scale / window.gradient_scale
-        scalars: dict[str, Any] = {"mean_scale": sign * of_gradient / b / loss_scale}
+        scalars: dict[str, Any] = {"mean_scale": sign * window.mean_scale / loss_scale}
         for name in update.statistics:
             _, power, odd = STATISTICS[name]
             scalars[f"{name}_scale"] = (sign if odd else 1.0) * (window.scale / loss_scale) ** power / b
@@ -317,7 +335,7 @@ class ExampleOptimizer(Optimizer):
                 "scaler.unscale_(optimizer) unscales the gradients but not their squares: leave it to "
                 "scaler.step(optimizer) and clip with max_norm, or name it, attach(..., grad_scaler=scaler)"
             )
-        return replace(window, loss_scale=handle.loss_scale.of_squares(handle.name_of(p), p), gradient_scale=1.0)
+        return handle.without_loss_scale(p, window, unscaled=True)
 
     # State
 
@@ -335,16 +353,23 @@ class ExampleOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the averages keep their own dtype: torch would cast float32 moments to a bfloat16
         parameter's."""
-        super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved_ids, parameters, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                if key.endswith("step"):
+        loaded: dict[str, Any] = {}  # what torch loads, once the user's own hooks have changed it
+        last = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
+        parameters = [(p, group) for group in self.param_groups for p in group["params"]]
+        for i, (p, group) in zip(saved_ids, parameters, strict=True):
+            on_cpu = self.update(group, math.inf, {}).numbers  # which decide scalars, as ages do
+            for key, value in loaded["state"].get(i, {}).items():
+                if key.endswith("step") or key in on_cpu:
                     self.state[p][key] = value.detach().clone().to("cpu")
                 elif isinstance(value, Tensor):
-                    like = torch.empty_like(p, dtype=value.dtype, memory_format=torch.preserve_format)
-                    self.state[p][key] = like.copy_(value) if like.shape == value.shape else value.detach().clone()
+                    shaped = value.shape == p.shape
+                    like = torch.empty_like(p if shaped else value, dtype=value.dtype, device=p.device)
+                    self.state[p][key] = like.copy_(value)
         for group in self.param_groups:
             self.check(group)
 
@@ -357,6 +382,9 @@ def allocate(p: Tensor, state: dict[str, Any], update: Update) -> None:
     for name in update.younger:
         if name + "_step" not in state:
             state[name + "_step"] = torch.tensor(0)
+    for name in update.numbers:
+        if name not in state:
+            state[name] = torch.tensor(0.0, dtype=torch.float64)
 
 
 def clip_factors(parts: Iterable[Part], bounds: Iterable[float]) -> dict[float | None, Tensor]:

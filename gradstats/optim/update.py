@@ -64,6 +64,11 @@ class Update(ABC):
         return ()
 
     @property
+    def numbers(self) -> tuple[str, ...]:
+        """State that is one number, zero at first, and decides scalars: parameters that differ in it step apart."""
+        return ()
+
+    @property
     def bounded(self) -> str | None:
         """The buffer whose norm max_norm bounds; None for the mean gradient itself."""
         return None

@@ -21,10 +21,9 @@ from experiments.config import (
 from experiments.data import load_data
 from experiments.errors import UserError
 from experiments.models import build_model
-from experiments.optimizers import build_optimizer
+from experiments.optimizers import attach_statistics, build_optimizer
 from experiments.study import read_study
 from experiments.tracker import TRACKERS
-from experiments.train import attach_statistics
 
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
 
@@ -36,10 +35,9 @@ def test_every_file_composes_and_can_be_built(file: Path) -> None:
     check_ranges(config)
     data = load_data(compose_config([]).data if own_data else config.data, torch.device("cpu"))
     model = build_model(config.model, data.shape, data.classes)
-    statistics = attach_statistics(model, config)
-    build_optimizer(model.parameters(), config.optimizer, config.train.batch_size, config.train.max_norm)
+    optimizer = build_optimizer(model.parameters(), config.optimizer, config.train.batch_size, config.train.max_norm)
+    attach_statistics(model, optimizer, config.optimizer, engine=config.engine.name)
     assert config.tracker.name in TRACKERS
-    assert (statistics is not None) == config.optimizer.name.startswith("batch_invariant")
     if config.study is not None:
         read_study(config)
 

@@ -58,7 +58,7 @@ def test_no_gpu(launch: Callable) -> None:
 
 
 def test_optimizer_without_statistics(launch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "attach_statistics", lambda model, config: None)
+    monkeypatch.setattr(train, "attach_statistics", lambda *arguments, **options: None)
     outcome = launch()
     assert outcome.code == 2 and "error: gradstats: no statistics" in outcome.err and "attach" in outcome.err
 

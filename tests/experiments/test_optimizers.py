@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from experiments.config import compose_config
+from experiments.config import CONF, OPTIMIZERS, AdamConfig, OptimizerConfig, SGDConfig, compose_config
 from experiments.errors import UserError
 from experiments.optimizers import (
+    OURS,
     Hyperparameters,
+    attach_statistics,
     build_optimizer,
     fixed,
     half_life,
     linear,
-    needs_statistics,
+    options,
+    read_statistics,
     square_root,
+    stepper,
 )
 from gradstats.optim import BatchInvariantAdam
+from gradstats.optim.base import ExampleOptimizer
 
+NAMES = sorted(path.stem for path in CONF.glob("optimizer/*.yaml"))
 TUNED = Hyperparameters(lr=0.01, betas=(0.9, 0.999), eps=1e-8)
 
 RULES = {
@@ -59,7 +69,7 @@ def test_torch_optimizers_get_the_values_of_their_rule(name: str) -> None:
     config = compose_config([f"optimizer={name}"]).optimizer
     optimizer = build_optimizer([torch.zeros(2, requires_grad=True)], config, 4 * config.batch_size, None)
     expected = asdict(rule(Hyperparameters(config.lr, tuple(config.betas), config.eps), 4.0))
-    assert type(optimizer) is kind and not needs_statistics(config)
+    assert type(optimizer) is kind and read_statistics(optimizer) == ()
     assert {key: optimizer.param_groups[0][key] for key in expected} == expected
 
 
@@ -75,8 +85,8 @@ def test_sgd_moves_by_the_batch_size_times_lr() -> None:
 def test_ours_gets_the_tuned_values_as_they_are(name: str, reference: int | None) -> None:
     config = compose_config([f"optimizer={name}", "optimizer.lr=0.03"]).optimizer
     optimizer = build_optimizer([torch.zeros(2, requires_grad=True)], config, 64, 1.0)
-    assert isinstance(optimizer, BatchInvariantAdam) and needs_statistics(config)
-    assert optimizer.param_groups[0]["lr"] == 0.03
+    assert isinstance(optimizer, BatchInvariantAdam) and read_statistics(optimizer) == ("second_moment",)
+    assert optimizer.param_groups[0]["lr"] == 0.03 and optimizer.param_groups[0]["max_norm"] == 1.0
     assert config.reference_batch_size == reference
 
 
@@ -84,3 +94,65 @@ def test_refused_values_name_the_method() -> None:
     config = compose_config(["optimizer=adam", "optimizer.betas=[1.5,0.9]"]).optimizer
     with pytest.raises(UserError, match="optimizer=adam: .*1.5"):
         build_optimizer([torch.zeros(2, requires_grad=True)], config, 16, None)
+
+
+@functools.cache
+def tuned(name: str) -> OptimizerConfig:
+    return compose_config([f"optimizer={name}"]).optimizer
+
+
+def two_steps(name: str, batch_size: int) -> tuple[torch.optim.Optimizer, list[torch.Tensor]]:
+    """Of a linear model of four inputs, at the batch size of tuning or another; the parameters after each."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    config = tuned(name)
+    optimizer = build_optimizer(model.parameters(), config, batch_size, None)
+    statistics = attach_statistics(model, optimizer, config)
+    step = stepper(optimizer, batch_size if statistics is None else None)
+    trajectory = [model.weight.detach().clone()]
+    for _ in range(2):
+        model.zero_grad()
+        F.cross_entropy(model(torch.randn(batch_size, 4)), torch.randint(0, 3, (batch_size,))).backward()
+        step()
+        trajectory.append(model.weight.detach().clone())
+    return optimizer, trajectory
+
+
+@pytest.mark.parametrize("batch_size", [16, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_takes_two_steps(name: str, batch_size: int) -> None:
+    optimizer, trajectory = two_steps(name, batch_size)
+    for before, after in pairwise(trajectory):
+        assert after.isfinite().all() and not torch.equal(before, after)
+    if isinstance(optimizer, ExampleOptimizer):
+        microbatch = 4 if name == "microbatch_adamw" else 1
+        assert optimizer.examples == 2 * batch_size // microbatch
+
+
+def test_ours_differ_in_what_they_are_built_with() -> None:
+    """No file of conf/optimizer is another one under a new name."""
+    ours = [config for config in map(tuned, NAMES) if type(config) in OURS]
+    built = {(type(config), str(options(config))) for config in ours}
+    assert len(built) == len(ours) > 20
+
+
+def test_every_schema_is_built_by_somebody() -> None:
+    assert set(OPTIMIZERS.values()) == {*OURS, AdamConfig, SGDConfig}
+
+
+@pytest.mark.parametrize("name", ["batch_invariant_sgd", "batch_invariant_sign_sgd", "microbatch_adamw"])
+def test_attach_gathers_what_the_optimizer_reads(name: str) -> None:
+    config = tuned(name)
+    model = nn.Linear(4, 3)
+    optimizer = build_optimizer(model.parameters(), config, 16, None)
+    handle = attach_statistics(model, optimizer, config, "norms")
+    assert handle is not None and set(handle.statistics) == {*read_statistics(optimizer), "norms"}
+    assert (handle.granularity, handle.microbatch_size) == (
+        ("microbatch", 4) if name == "microbatch_adamw" else ("example", None)
+    )
+
+
+def test_a_bound_that_nothing_has_a_norm_for_is_refused() -> None:
+    config = compose_config(["optimizer=batch_invariant_lion"]).optimizer
+    with pytest.raises(UserError, match=r"optimizer=batch_invariant_lion: .*train.max_norm=null"):
+        build_optimizer([torch.zeros(2, requires_grad=True)], config, 16, 1.0)

@@ -1,8 +1,6 @@
-"""BatchInvariantAdam: torch's at the tuned batch size, its equations elsewhere, and the contract of an optimizer."""
+"""BatchInvariantAdam: its equations, and what they promise. What all optimizers share is in test_contract.py."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -13,15 +11,10 @@ from gradstats import GradstatsError, LifetimeError, MissingStatistic, attach, a
 from gradstats.optim import BatchInvariantAdam
 from tests import oracle
 from tests.gradstats.optim import reference
+from tests.gradstats.optim.problem import problem, train
+from tests.gradstats.optim.quartic import Quartic
 
 D = torch.float64
-
-
-def problem(dtype=D):
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)).to(dtype)
-    x, y = torch.randn(512, 6, dtype=dtype), torch.randint(0, 3, (512,))
-    return model, x, y
 
 
 def batch(x, y, i, b):
@@ -29,46 +22,9 @@ def batch(x, y, i, b):
     return x[rows], y[rows]
 
 
-def train(model, optimizer, x, y, sizes, after=lambda: None):
-    start = 0
-    for b in sizes:
-        rows = torch.arange(start, start + b) % len(x)
-        start += b
-        optimizer.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
-        optimizer.step()
-        after()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-@pytest.mark.parametrize("r", [None, 16])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("maximize", [False, True])
-def test_is_torchs_at_the_tuned_batch_size(r, weight_decay, maximize):
-    model, x, y = problem()
-    theirs = copy.deepcopy(model)
-    attach(model)
-    kwargs = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": weight_decay, "maximize": maximize}
-    a = train(
-        model, BatchInvariantAdam(model.parameters(), batch_size=16, reference_batch_size=r, **kwargs), x, y, [16] * 100
-    )
-    kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
-    b = train(theirs, kind(theirs.parameters(), **kwargs), x, y, [16] * 100)
-    assert (a - b).abs().max() <= 1e-10
-
-
 def per_example(p, x):
     """Gradients of the mean over b of |p - x_b|^4/4: (B, *shape)."""
     return (p.detach() - x) ** 3
-
-
-class Quartic(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.p = nn.Parameter(torch.tensor([0.5, -1.0, 2.0], dtype=D))
-
-    def forward(self, x):
-        return ((self.p - x) ** 4 / 4).sum(-1)
 
 
 @pytest.mark.parametrize("sizes", [[64] * 20, [4] * 60, [1] * 60, [1, 7, 64, 3, 2, 1, 16, 256, 5] * 5])
@@ -211,125 +167,6 @@ def test_max_norm_bounds_the_running_average_over_all_groups():
     torch.testing.assert_close((after - before).norm(), torch.tensor(1e-3 / 1e3, dtype=D), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("r", [1, 64])
-@pytest.mark.parametrize("through", ["state_dict", "torch.save", "pickle"])
-def test_state_round_trip_continues_bitwise(through, r):
-    model, x, y = problem()
-    attach(model)
-    kwargs = {"lr": 0.01, "batch_size": 16, "reference_batch_size": r}
-    optimizer = BatchInvariantAdam(model.parameters(), **kwargs)
-    train(model, optimizer, x, y, [16, 3, 1])
-    if through == "pickle":
-        other, restored = pickle.loads(pickle.dumps((model, optimizer)))
-    else:
-        other, _, _ = problem()
-        other.load_state_dict(model.state_dict())
-        attach(other)
-        restored = BatchInvariantAdam(other.parameters(), **kwargs)
-        state = optimizer.state_dict()
-        if through == "torch.save":
-            file = io.BytesIO()
-            torch.save(state, file)
-            file.seek(0)
-            state = torch.load(file, weights_only=True)
-        restored.load_state_dict(state)
-    assert torch.equal(train(model, optimizer, x, y, [16, 5]), train(other, restored, x, y, [16, 5]))
-
-
-def test_low_precision_parameters_keep_float32_state():
-    model, x, y = problem(torch.bfloat16)
-    attach(model)
-    optimizer = BatchInvariantAdam(model.parameters(), lr=0.01, batch_size=16)
-    train(model, optimizer, x, y, [16, 4])
-    restored = BatchInvariantAdam(model.parameters(), lr=0.01, batch_size=16)
-    restored.load_state_dict(optimizer.state_dict())
-    for p in model.parameters():
-        for key in ("exp_avg", "exp_avg_sq", "exp_avg_q"):
-            assert restored.state[p][key].dtype == torch.float32
-            assert torch.equal(restored.state[p][key], optimizer.state[p][key])
-        assert restored.state[p]["step"].dtype == torch.int64
-
-
-def test_copy_of_model_and_optimizer():
-    model, x, y = problem()
-    attach(model)
-    optimizer = BatchInvariantAdam(model.parameters(), lr=0.01, batch_size=16)
-    train(model, optimizer, x, y, [16])
-    other, restored = copy.deepcopy((model, optimizer))
-    assert attached(other) is not attached(model)
-    assert torch.equal(train(model, optimizer, x, y, [8]), train(other, restored, x, y, [8]))
-
-
-def test_groups_schedulers_and_added_groups():
-    model, x, y = problem()
-    attach(model)
-    optimizer = BatchInvariantAdam([{"params": model[0].parameters(), "lr": 0.0}], lr=0.1, batch_size=16)
-    optimizer.add_param_group(
-        {"params": model[2].parameters(), "lr": 0.05, "batch_size": 64, "reference_batch_size": 1}
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step == 0 else 0.0)
-    before = copy.deepcopy(model.state_dict())
-    train(model, optimizer, x, y, [16], after=scheduler.step)
-    middle = copy.deepcopy(model.state_dict())
-    train(model, optimizer, x, y, [16], after=scheduler.step)
-    changed = {name for name in before if not torch.equal(before[name], middle[name])}
-    assert changed == {"2.weight", "2.bias"}
-    assert all(torch.equal(middle[name], value) for name, value in model.state_dict().items())
-
-
-def test_step_before_any_backward_only_allocates():
-    """What torch.distributed.checkpoint does to learn the state's layout."""
-    model, x, y = problem()
-    twin = copy.deepcopy(model)
-    attach(model)
-    attach(twin)
-    optimizer, fresh = (BatchInvariantAdam(m.parameters(), lr=0.01, batch_size=16) for m in (model, twin))
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    optimizer.step()
-    assert all(set(s) == {"step", "exp_avg", "exp_avg_sq"} and s["step"] == 0 for s in optimizer.state.values())
-    for group in optimizer.param_groups:
-        group["lr"] = 0.01
-    assert torch.equal(train(model, optimizer, x, y, [16, 16]), train(twin, fresh, x, y, [16, 16]))
-
-
-def test_parameters_without_gradient_are_left_alone():
-    model, x, y = problem()
-    unused = nn.Linear(2, 2)
-    attach(model)
-    optimizer = BatchInvariantAdam([*model.parameters(), *unused.parameters()], batch_size=16)
-    before = copy.deepcopy(unused.state_dict())
-    train(model, optimizer, x, y, [16])
-    assert all(torch.equal(before[n], v) for n, v in unused.state_dict().items())
-    assert unused.weight not in optimizer.state
-
-
-def test_closure():
-    model, x, y = problem()
-    attach(model)
-    optimizer = BatchInvariantAdam(model.parameters(), batch_size=16)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x[:16]), y[:16])
-        loss.backward()
-        return loss
-
-    first = optimizer.step(closure)
-    assert optimizer.step(closure) < first
-
-
-def test_tensor_lr():
-    results = []
-    for lr in (0.01, torch.tensor(0.01, dtype=D)):
-        model, x, y = problem()
-        attach(model)
-        results.append(train(model, BatchInvariantAdam(model.parameters(), lr=lr, batch_size=16), x, y, [16, 8]))
-    assert torch.equal(*results)
-
-
 def test_missing_and_changed_statistics_are_refused():
     model, x, y = problem()
     optimizer = BatchInvariantAdam(model.parameters(), batch_size=16)
@@ -357,21 +194,11 @@ def test_decay_above_one_is_refused():
         train(model, optimizer, x, y, [4])
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("lr", -1.0),
-        ("betas", (1.0, 0.9)),
-        ("eps", -1.0),
-        ("weight_decay", -0.1),
-        ("batch_size", 0),
-        ("reference_batch_size", 0.5),
-        ("max_norm", 0.0),
-        ("average", "linear"),
-    ],
-)
-def test_invalid_options(name, value):
-    with pytest.raises(GradstatsError, match=name if name != "average" else "debiased_ewma"):
-        BatchInvariantAdam(nn.Linear(2, 2).parameters(), **{name: value})
+def test_horizons_below_one_example_are_refused():
     with pytest.raises(GradstatsError, match="horizons"):
         BatchInvariantAdam.in_examples(nn.Linear(2, 2).parameters(), horizons=(0.5, 10))
+
+
+def test_error_about_the_average_names_the_choices():
+    with pytest.raises(GradstatsError, match="debiased_ewma"):
+        BatchInvariantAdam(nn.Linear(2, 2).parameters(), average="linear")

@@ -1,0 +1,177 @@
+"""What the measurements of experiments.estimators come to: the verdict, and the tables.
+
+The winner has the fewest diverged runs, and among those the lowest mean over R, B and seeds of ln(final loss). Where
+the interval of a difference to it includes zero, that estimator ties with it, and the lowest error (mean over R and B
+of the root mean square, of a trained model) decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from experiments.estimation_error import Error, coincide
+from experiments.grid import Array
+from experiments.tables import Cell, Table
+from gradstats.optim.moment import ESTIMATORS
+
+DRAWS = 1000
+
+
+def name_of(r: float, estimator: str) -> str:
+    return f"R = {r:g}, {estimator}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One axis a letter: M method (R, estimator), B batch size, S seed."""
+
+    methods: tuple[tuple[float, str], ...]
+    batch_sizes: tuple[int, ...]
+    tuned_at: int
+    lr: Array  # (M,)
+    loss: Array  # (M, B, S)  final training loss
+    diverged: NDArray[np.bool_]  # (M, B, S)
+    score: Array  # (M, S)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one estimator, over all cells (R, B) where it matters which it is."""
+
+    estimator: str
+    diverged: int
+    ln_loss: float
+    behind: float  # of the ln(loss) to the lowest one's
+    low: float
+    high: float
+    error: float
+    score: float  # mean over all R, at the tuned learning rates; shown, and not judged by
+
+
+def judge(training: Training, found: Sequence[Error]) -> list[Verdict]:
+    """The winner first."""
+    loss = {e: cells(training, e, np.log(training.loss)).mean(axis=0) for e in ESTIMATORS}  # (S,)
+    broken = {e: int(cells(training, e, training.diverged).sum()) for e in ESTIMATORS}
+    error = {e: trained_error(found, e) for e in ESTIMATORS}
+    score = {e: mean_score(training, e) for e in ESTIMATORS}
+    leader = min(ESTIMATORS, key=lambda e: (broken[e], loss[e].mean()))
+    random = np.random.default_rng(0)
+    verdicts = []
+    for e in ESTIMATORS:
+        behind = loss[e] - loss[leader]
+        draws = behind[random.integers(len(behind), size=(DRAWS, len(behind)))].mean(axis=1)
+        low, high = np.percentile(draws, [2.5, 97.5])
+        verdicts.append(Verdict(e, broken[e], loss[e].mean(), behind.mean(), low, high, error[e], score[e]))
+    fewest = broken[leader]
+
+    def rank(v: Verdict) -> tuple[bool, bool, float]:
+        ties = v.low <= 0
+        return v.diverged > fewest, not ties, v.error if ties else v.ln_loss
+
+    return sorted(verdicts, key=rank)
+
+
+def cells(training: Training, estimator: str, values: NDArray[Any]) -> NDArray[Any]:
+    """Those of one estimator where R > B or B = 1, (cells, S)."""
+    chosen = [
+        values[m, b]
+        for m, (r, e) in enumerate(training.methods)
+        for b, size in enumerate(training.batch_sizes)
+        if e == estimator and not coincide(r, size)
+    ]
+    return np.stack(chosen)
+
+
+def mean_score(training: Training, estimator: str) -> float:
+    return float(np.mean([training.score[m] for m, (_, e) in enumerate(training.methods) if e == estimator]))
+
+
+def trained_error(found: Sequence[Error], estimator: str) -> float:
+    """Mean over R and B of the root mean square error at trained parameters, after the most examples."""
+    return float(np.mean([e.rms for e in at_the_end(found, "trained") if e.estimator == estimator]))
+
+
+def at_the_end(found: Sequence[Error], name: str) -> list[Error]:
+    """Those of one population after the most examples."""
+    last = max(e.examples for e in found)
+    return [e for e in found if (e.population, e.examples) == (name, last)]
+
+
+def tables(training: Training, found: Sequence[Error], verdicts: Sequence[Verdict]) -> list[Table]:
+    return [_verdict(verdicts), _training(training), *(_errors(found, n) for n in ("trained", "initial"))]
+
+
+def _verdict(verdicts: Sequence[Verdict]) -> Table:
+    return Table(
+        f"The estimator for R > B: {verdicts[0].estimator}",
+        "Over all R and B where the estimators differ. Fewest diverged runs, then lowest ln(final training loss); "
+        "where the interval (95%, bootstrap over seeds) of the difference includes zero, lowest error. Score: over "
+        "B, mean over R.",
+        ["estimator", "diverged", "ln loss", "to the lowest", "interval", "error of ln s", "score"],
+        [
+            [
+                v.estimator,
+                str(v.diverged),
+                f"{v.ln_loss:.3f}",
+                f"{v.behind:+.3f}",
+                f"{v.low:+.3f} to {v.high:+.3f}",
+                f"{v.error:.2f}",
+                f"{v.score:.3f}",
+            ]
+            for v in verdicts
+        ],
+        emphasised=(0,),
+    )
+
+
+def _training(training: Training) -> Table:
+    rows: list[list[Cell]] = []
+    for m, (r, estimator) in enumerate(training.methods):
+        losses = [
+            f"{mean_and_error(training.loss[m, b], 4)}{' diverged' * bool(training.diverged[m, b].any())}"
+            for b in range(len(training.batch_sizes))
+        ]
+        score = mean_and_error(training.score[m], 3)
+        rows.append([name_of(r, estimator), f"{training.lr[m]:.3g}", *losses, score])
+    return Table(
+        "Final training loss on the digits",
+        f"At each method's lr, tuned at B = {training.tuned_at}; the score is over all B. Means over seeds and their "
+        f"standard errors. Where R is at most B and B > 1 the estimators are one run.",
+        ["method", "lr", *(f"B = {b}" for b in training.batch_sizes), "score"],
+        rows,
+        emphasised=(),
+    )
+
+
+def _errors(found: Sequence[Error], name: str) -> Table:
+    chosen = at_the_end(found, name)
+    sizes = sorted({e.batch_size for e in chosen})
+    texts: dict[str, dict[int, str]] = {}
+    for e in sorted(chosen, key=lambda e: e.reference_batch_size):
+        texts.setdefault(name_of(e.reference_batch_size, e.estimator), {})[e.batch_size] = error_text(e)
+    rows: list[list[Cell]] = [[method, *(row.get(b, "") for b in sizes)] for method, row in texts.items()]
+    return Table(
+        f"Error of ln s, {name} parameters",
+        f"After {chosen[0].examples:,} examples: bias, root mean square, share of elements at the floor; "
+        f"means over seeds.",
+        ["method", *(f"B = {b}" for b in sizes)],
+        rows,
+        emphasised=(),
+    )
+
+
+def error_text(e: Error) -> str:
+    bias, rms, floored = (float(np.mean(v)) for v in (e.bias, e.rms, e.floored))
+    return f"{bias:+.2f} {rms:.2f} {floored:.0%}"
+
+
+def mean_and_error(values: Array, digits: int) -> str:
+    """Over seeds; one seed has no error."""
+    mean = f"{values.mean():.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {values.std(ddof=1) / math.sqrt(len(values)):.{digits}f}"

@@ -1,0 +1,144 @@
+"""Errors against populations whose answer is known, the verdict against imaginary runs, and a study of seconds."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import estimators
+from experiments.estimation_error import Error, Population, coincide, errors
+from experiments.estimator_verdict import Training, judge
+from experiments.estimators import REFERENCES, Study
+from gradstats.optim.moment import ESTIMATORS
+
+METHODS = tuple(product(REFERENCES, ESTIMATORS))
+SIZES = (1, 4, 16)
+BETAS = (0.9, 0.99)
+
+
+def gaussian(mean: float) -> Population:
+    generator = torch.Generator().manual_seed(1)
+    g = torch.randn(4000, 50, generator=generator, dtype=torch.float64)
+    return Population("gaussian", (g - g.mean(0)) / g.std(0, correction=0) + mean)
+
+
+def test_truth_is_that_of_the_population() -> None:
+    truth = gaussian(0.5).truth(4)
+    assert truth == pytest.approx(0.25 + 1 / 4)
+    assert gaussian(0.5).truth(math.inf) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_every_estimator_finds_the_truth_in_the_end(batch_size: int) -> None:
+    """A population of hardly any noise, where no average needs to be long."""
+    found = errors(gaussian(100.0), batch_size, [16.0, math.inf], [4000], 2, BETAS, 16)
+    assert {e.estimator for e in found} == set(ESTIMATORS)
+    for e in found:
+        assert max(map(abs, [*e.bias, *e.rms])) < 2e-3
+
+
+def test_the_floor_holds_where_all_is_noise() -> None:
+    """mu = 0: s comes out below zero in half of the elements, and then is q~/R."""
+    for e in errors(gaussian(0.0), 4, [1024.0], [4000], 2, BETAS, 16):
+        assert all(0.3 < share < 0.7 for share in e.floored)
+        assert all(bias > 0.1 for bias in e.bias)
+
+
+def test_only_what_one_batch_does_not_give_is_compared() -> None:
+    found = errors(gaussian(1.0), 4, [2.0, 4.0, 16.0], [64, 128], 1, BETAS, 16)
+    assert {e.reference_batch_size for e in found} == {16.0}
+    assert {e.examples for e in found} == {64, 128}
+    assert coincide(4, 4) and not coincide(1, 1) and not coincide(8, 4)
+
+
+def imaginary(behind: dict[str, float], noise: float = 0.0, diverged: dict[str, int] | None = None) -> Training:
+    """ln(loss) of an estimator is -2 and what it is behind, where it matters; -1 elsewhere, for all."""
+    random = np.random.default_rng(0)
+    loss = np.full((len(METHODS), len(SIZES), 4), math.exp(-1))
+    broken = np.zeros(loss.shape, dtype=bool)
+    score = np.array([[behind[e]] * 4 for _, e in METHODS])
+    for m, (r, e) in enumerate(METHODS):
+        for b, size in enumerate(SIZES):
+            if not coincide(r, size):
+                loss[m, b] = np.exp(-2 + behind[e] + noise * random.normal(size=4))
+                broken[m, b, : (diverged or {}).get(e, 0)] = True
+    return Training(METHODS, SIZES, 16, np.ones(len(METHODS)), loss, broken, score)
+
+
+def known_errors(rms: dict[str, float]) -> list[Error]:
+    """At trained parameters, in the end; elsewhere the order is the other way round."""
+    last = estimators.COUNTS[-1]
+    trained = [Error("trained", 64.0, 4, e, last, [0.0], [value], [0.0]) for e, value in rms.items()]
+    early = [Error("trained", 64.0, 4, e, 1, [0.0], [9 - value], [0.0]) for e, value in rms.items()]
+    return [*trained, *early]
+
+
+EVEN = {"running_average": 1.0, "previous": 2.0, "in_batch": 3.0}
+
+
+def test_the_lowest_loss_wins() -> None:
+    first, second, third = judge(
+        imaginary({"running_average": 0.2, "previous": 0.1, "in_batch": 0.0}), known_errors(EVEN)
+    )
+    assert (first.estimator, second.estimator, third.estimator) == ("in_batch", "previous", "running_average")
+    assert (
+        (first.score, third.score) == pytest.approx((0.0, 0.2))
+        and first.ln_loss == pytest.approx(-2)
+        and third.behind == pytest.approx(0.2) == third.low == third.high
+    )
+
+
+def test_a_tie_is_decided_by_the_error() -> None:
+    tied = imaginary({"running_average": 0.001, "previous": 0.0, "in_batch": 0.5}, noise=0.1)
+    first, second, third = judge(tied, known_errors(EVEN))
+    assert (first.estimator, second.estimator, third.estimator) == ("running_average", "previous", "in_batch")
+    first, *_ = judge(tied, known_errors({"running_average": 2.0, "previous": 1.0, "in_batch": 0.1}))
+    assert first.estimator == "previous"
+
+
+def test_a_run_that_diverged_counts_before_all_else() -> None:
+    broken = imaginary({"running_average": 0.3, "previous": 0.1, "in_batch": 0.0}, diverged={"in_batch": 1})
+    verdicts = judge(broken, known_errors(EVEN))
+    assert [v.estimator for v in verdicts] == ["previous", "running_average", "in_batch"]
+    assert verdicts[-1].diverged > 0
+
+
+def test_estimators_share_the_runs_that_do_not_depend_on_them() -> None:
+    study = Study(1, SIZES, (0,), 1, Path("nowhere"))
+
+    def directories(r: float, b: int) -> dict[str, str]:
+        return {e: study.run(r, e, 1.0, b, 0).directory for e in ESTIMATORS}
+
+    assert len(set(directories(16.0, 4).values())) == 3
+    assert len(set(directories(16.0, 16).values())) == 1
+    alone = directories(16.0, 1)
+    assert alone["in_batch"] == alone["running_average"] != alone["previous"]
+
+
+def test_a_study_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimators, "REFERENCES", (64.0,))
+    monkeypatch.setattr(estimators, "MULTIPLIERS", (0.5, 1.0))
+    monkeypatch.setattr(estimators, "COUNTS", (64, 128))
+    monkeypatch.setattr(estimators, "TRAINED_EPOCHS", 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    document = tmp_path / "optimizers.md"
+    document.write_text("<!-- estimators: written -->\n<!-- /estimators -->\n")
+    sizes = ["--epochs", "1", "--batch-sizes", "16", "64", "--seeds", "0"]
+    directory = tmp_path / "study"
+    monkeypatch.setattr("sys.argv", ["estimators", *sizes, "--directory", str(directory), "--document", str(document)])
+    estimators.main()
+    written = json.loads((directory / "estimators.json").read_text())
+    assert sorted(v["estimator"] for v in written["verdicts"]) == sorted(ESTIMATORS)
+    for run in written["training"]:
+        assert run["R"] == 64 and all(0 < loss < 3 for losses in run["loss"].values() for loss in losses)
+    at_64 = {tuple(run["loss"]["64"]) for run in written["training"] if run["lr"] == written["training"][0]["lr"]}
+    assert len(at_64) == 1  # R = B: one batch is enough
+    assert f"R > B: {written['verdicts'][0]['estimator']}" in document.read_text()
+    monkeypatch.setattr(estimators, "train", None)  # the same command again reads the records
+    estimators.main()
