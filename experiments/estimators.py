@@ -46,7 +46,7 @@ from gradstats.optim.moment import ESTIMATORS
 REFERENCES = (4.0, 16.0, 64.0, math.inf)
 TUNED = 16  # the batch size of tuning
 WARMUP = 1024  # examples; the usual one would be half of the short form
-MULTIPLIERS = (0.25, 0.5, 1.0, 2.0)
+MULTIPLIERS = (0.25, 0.5, 1.0, 2.0, 4.0)
 # Noise dominates, so that lr goes with the root of 1/R; it cannot for ever.
 LARGEST = 256
 COUNTS = (1024, 8192)

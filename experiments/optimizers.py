@@ -15,8 +15,23 @@ import torch
 from torch import Tensor, nn
 
 import gradstats
-from experiments import config as schemas
-from experiments.config import AdamConfig, MicrobatchAdamWConfig, OptimizerConfig, SGDConfig
+from experiments.config import (
+    AdamConfig,
+    AdaScaleConfig,
+    BatchInvariantAdamConfig,
+    BatchInvariantLionConfig,
+    BatchInvariantRMSpropConfig,
+    BatchInvariantSGDConfig,
+    BatchInvariantSignSGDConfig,
+    MicrobatchAdamWConfig,
+    OptimizerConfig,
+    QuenchingSGDConfig,
+    SaturatingAdamConfig,
+    SaturatingSGDConfig,
+    SGDConfig,
+    VarianceAdaptedAdamConfig,
+    VarianceAdaptedSGDConfig,
+)
 from experiments.errors import UserError, choose
 from gradstats import optim
 from gradstats.errors import GradstatsError
@@ -71,18 +86,18 @@ def microbatch_adamw(
 
 # The library's own take tuned values as they are, whatever the batch size: a schema has their options, by name.
 OURS: dict[type[OptimizerConfig], Callable[..., ExampleOptimizer]] = {
-    schemas.BatchInvariantAdamConfig: optim.BatchInvariantAdam,
-    schemas.BatchInvariantSGDConfig: optim.BatchInvariantSGD,
-    schemas.BatchInvariantRMSpropConfig: optim.BatchInvariantRMSprop,
-    schemas.BatchInvariantSignSGDConfig: optim.BatchInvariantSignSGD,
-    schemas.BatchInvariantLionConfig: optim.BatchInvariantLion,
-    schemas.VarianceAdaptedSGDConfig: optim.VarianceAdaptedSGD,
-    schemas.VarianceAdaptedAdamConfig: optim.VarianceAdaptedAdam,
-    schemas.SaturatingSGDConfig: optim.SaturatingSGD,
-    schemas.SaturatingAdamConfig: optim.SaturatingAdam,
-    schemas.QuenchingSGDConfig: optim.QuenchingSGD,
+    BatchInvariantAdamConfig: optim.BatchInvariantAdam,
+    BatchInvariantSGDConfig: optim.BatchInvariantSGD,
+    BatchInvariantRMSpropConfig: optim.BatchInvariantRMSprop,
+    BatchInvariantSignSGDConfig: optim.BatchInvariantSignSGD,
+    BatchInvariantLionConfig: optim.BatchInvariantLion,
+    VarianceAdaptedSGDConfig: optim.VarianceAdaptedSGD,
+    VarianceAdaptedAdamConfig: optim.VarianceAdaptedAdam,
+    SaturatingSGDConfig: optim.SaturatingSGD,
+    SaturatingAdamConfig: optim.SaturatingAdam,
+    QuenchingSGDConfig: optim.QuenchingSGD,
     MicrobatchAdamWConfig: microbatch_adamw,
-    schemas.AdaScaleConfig: optim.AdaScale,
+    AdaScaleConfig: optim.AdaScale,
 }
 
 

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gradstats.clipping import clip, recognise
 from gradstats.errors import GradstatsError, LifetimeError, MissingStatistic
-from gradstats.gradient import Left
+from gradstats.gradient import Left, fresh, state_of
 from gradstats.loss_scale import LossScale, includes
 from gradstats.reading import Readable, keys
 from gradstats.statistics import STATISTICS, Wanted, statistic_of
@@ -221,6 +221,22 @@ class Handle(Readable):
                 f"grad_scaler=scaler); or read this statistic before."
             )
         return Window(sums, gradient, size, self.loss_reduction, parameter.numel(), factor=factor)
+
+    def replaced(self, key: str | Tensor) -> bool:
+        """Whether p.grad is another tensor than the last backward pass left."""
+        name = self.name_of(key)
+        left, parameter = self.left(name), self.parameter(name)
+        assert parameter is not None
+        if left is None or parameter.grad is None:
+            return False
+        return state_of(parameter.grad)[0] != left.state[0]
+
+    def zeroed(self, key: str | Tensor) -> bool:
+        """Whether p.grad was zeroed in place since the last backward pass. Waits for the device if it was changed."""
+        name = self.name_of(key)
+        left, parameter = self.left(name), self.parameter(name)
+        assert parameter is not None
+        return left is not None and fresh(parameter.grad, left.known)
 
     def factor(self, name: str) -> float:
         """By what p.grad was multiplied since the backward pass: 1, unless that was said or is followed.

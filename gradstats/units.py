@@ -33,6 +33,10 @@ class Average(ABC):
     def weight(self, b: int, e: int) -> float:
         """w(B, E)."""
 
+    def mass(self, e: int) -> float:
+        """The share of the data in the average after E examples; the rest is that of the zero it started from."""
+        return 1.0
+
     def bias_correction(self, e: int) -> float:
         """What torch's Adam divides a running average from zero by, after E examples; 1 where it would not."""
         return 1.0
@@ -54,6 +58,9 @@ class EWMA(Average):
 
     def weight(self, b: int, e: int) -> float:
         return forgotten(self.rho, b)
+
+    def mass(self, e: int) -> float:
+        return forgotten(self.rho, e)
 
 
 @dataclass(frozen=True)

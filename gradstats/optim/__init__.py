@@ -1,4 +1,14 @@
-"""Optimizers whose hyper-parameters do not depend on the batch size. One file each."""
+"""Optimizers whose hyper-parameters do not depend on the batch size. One file each, on
+
+    base.py, found.py    what all share: options, statistics found through the parameters, time in examples
+    update.py            an equation, as a pure function of tensors and numbers
+    elementwise.py       how it is run: compiled, or block by block
+    moment.py            the second moment at a reference batch size R, of Adam and RMSprop
+    noise.py             signal and noise of each element, of the experimental ones
+
+and beside them schedule.py and batch_size.py (what changes within a run), counterparts.py, convert.py and describe.py
+(the values and the state of torch's).
+"""
 
 from gradstats.optim.adam import BatchInvariantAdam
 from gradstats.optim.adascale import AdaScale

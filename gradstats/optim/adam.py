@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -90,9 +90,9 @@ class BatchInvariantAdam(ExampleOptimizer):
             which depends on the batch size. None does not clip.
         compiled: see ExampleOptimizer.
 
-    Raises: MissingStatistic by `step` for a gradient without statistics; LifetimeError if R > 1 and the gradient was
-        changed after the backward pass (clip with max_norm). A step with lr = 0 before any backward only allocates
-        state, as distributed checkpointing wants.
+    Raises: MissingStatistic by `step` for a gradient without statistics; LifetimeError if squares are combined with
+        the gradient (R > 1, or the variance) and it was changed after the backward pass (clip with max_norm). A step
+        with lr = 0 before any backward only allocates state, as distributed checkpointing wants.
 
     Source: D. McAllester, TTIC 31230 lecture slides, "SGD, Momentum, RMSProp, Adam"; Kingma & Ba 2015, Algorithm 1;
     decoupled weight decay: Loshchilov & Hutter 2019, Algorithm 2; AMSGrad: Reddi et al. 2018, Algorithm 2.
@@ -153,7 +153,7 @@ class BatchInvariantAdam(ExampleOptimizer):
         weight_decay: float = 0.0,
         reference_batch_size: float | str = 1,
         **options: Any,
-    ) -> BatchInvariantAdam:
+    ) -> Self:
         """The slides' parametrisation: lr an example, and horizons N in examples, rho = 1 - 1/N.
 
         The same as values tuned at batch size 1 with betas = 1 - 1/N; `options` are those of the class.
@@ -182,7 +182,7 @@ class BatchInvariantAdam(ExampleOptimizer):
         assert isinstance(update, AdamUpdate)
         b, e, tuned = age.batch_size, age.examples, group["batch_size"]
         first, second = (average(group["average"], beta, tuned) for beta in group["betas"])
-        return moment_scalars(group, update.moment, b, e, age.of_buffers, second) | {
+        return moment_scalars(group, update.moment, b, e, age.of_buffers, second, (first, e - b)) | {
             "w1": first.weight(b, e),
             "step": b / tuned * group["lr"],
             "eps": group["eps"],

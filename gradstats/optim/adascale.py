@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradstats.noise_scale import estimate
-from gradstats.optim.base import Age, ExampleOptimizer, Part
+from gradstats.optim.base import Age, ExampleOptimizer, Part, wide_norms
 from gradstats.optim.update import Update, Values
 from gradstats.units import Slides
 
@@ -170,7 +170,7 @@ class AdaScale(ExampleOptimizer):
 def noise(part: Part) -> Tensor:
     """|G|^2 and tr Sigma of the part's parameters (2,)."""
     k = part.scalars
-    mean_squared = torch.stack(torch._foreach_norm(part.columns["gradient"])).double().square().sum()
+    mean_squared = torch.stack(wide_norms(part.columns["gradient"])).double().square().sum()
     sums = torch.stack([s.sum(dtype=torch.float64) for s in part.columns["sum_of_squares"]]).sum()
     return torch.stack(
         estimate(k["mean_scale"] ** 2 * mean_squared, k["second_moment_scale"] * sums, part.age.batch_size)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradstats.errors import GradstatsError, MissingStatistic
-from gradstats.handle import Handle, handle_of
+from gradstats.errors import GradstatsError
 from gradstats.optim.elementwise import WORTH_COMPILING, Columns, compiler, run
+from gradstats.optim.found import Found, allocate, find
 from gradstats.optim.update import STATISTICS, Update
 from gradstats.sums import accumulation_dtype
 from gradstats.units import AVERAGES
@@ -36,10 +36,6 @@ class Age:
     @property
     def of_buffers(self) -> dict[str, int]:
         return dict(self.younger)
-
-
-# The group's index, a parameter and its state, and what was backpropagated through it.
-Found = tuple[int, Tensor, dict[str, Any], Window]
 
 
 @dataclass
@@ -115,6 +111,8 @@ class ExampleOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if isinstance(group["lr"], Tensor) and any(group["lr"] is other["lr"] for other in self.param_groups[:-1]):
+            group["lr"] = group["lr"].clone()  # a schedule would change one tensor once for each group
         try:
             self.check(group)
         except GradstatsError:
@@ -182,98 +180,47 @@ class ExampleOptimizer(Optimizer):
 
     @torch.compiler.disable
     def _step(self, loss_scale: float, batch_size: int | None) -> None:
-        windows = self._windows(batch_size)
-        if not windows:
+        found = find(self, batch_size)
+        if not found:
             return
-        b = max(window.batch_size for _, _, _, window in windows)
+        b = max(one.window.batch_size for one in found)
+        for group in self.param_groups:  # options may have been set since
+            self.check(group)
         for schedule in self._schedules:
             schedule(b)
-        parts = self._parts(windows, loss_scale)
-        for index in {index for index, _, _, _ in windows}:
-            self.param_groups[index]["examples"] += b
+        parts = self._parts(found, loss_scale)
         compiled = self.path.startswith("compiled")
         self.prepare(parts)
-        bounds = {part.group["max_norm"] for part in parts if part.group.get("max_norm") is not None}
-        if not bounds:
+        bounds = {part.group["max_norm"] for part in parts if "max_norm" in self.defaults} - {None}
+        if bounds:
+            for part in parts:
+                if part.update.buffers:
+                    run(part.update, "averages", part.columns, part.scalars, compiled)
+            clip = clip_factors(parts, bounds)
+            for part in parts:
+                scalars = part.scalars | {"clip": clip.get(part.group["max_norm"], 1.0)}
+                run(part.update, "move", part.columns, scalars, compiled)
+        else:
             for part in parts:
                 run(part.update, "both", part.columns, part.scalars, compiled)
-            return
         for part in parts:
-            run(part.update, "averages", part.columns, part.scalars, compiled)
-        clip = clip_factors(parts, bounds)
-        for part in parts:
-            scalars = part.scalars | {"clip": clip.get(part.group["max_norm"], 1.0)}
-            run(part.update, "move", part.columns, scalars, compiled)
+            for name in ("step", *(f"{name}_step" for name in part.update.younger)):
+                torch._foreach_add_([state[name] for state in part.states], part.age.batch_size)
+        for index in {one.group for one in found}:
+            self.param_groups[index]["examples"] += b
 
-    def _windows(self, batch_size: int | None) -> list[Found]:
-        """Parameters that have gradients, with their statistics."""
-        unscaled = getattr(self, "found_inf", None) is not None and getattr(self, "grad_scale", None) is None
-        found: list[Found] = []
-        alone: list[tuple[int, Tensor, dict[str, Any]]] = []
-        for index, group in enumerate(self.param_groups):
-            reads = tuple(STATISTICS[name][0] for name in self.statistics(group))
-            needs_gradient = self.needs_gradient(group)
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.tensor(0)  # on the CPU, since it decides scalars of the step
-                    allocate(p, state, self.update(group, math.inf, state))  # what every batch needs
-                handle = handle_of(p)
-                if handle is None and not reads:
-                    alone.append((index, p, state))
-                    continue
-                try:
-                    if handle is None:
-                        raise MissingStatistic(
-                            f"no statistics for a parameter of shape {tuple(p.shape)}: call gradstats.attach(model) "
-                            f"before the forward pass, and give parameters that are named in ignore to another "
-                            f"optimizer"
-                        )
-                    window = handle.window(p, reads, needs_gradient)
-                    if unscaled and reads:
-                        window = self._unscaled(handle, p, window)
-                    found.append((index, p, state, window))
-                except MissingStatistic:
-                    # Distributed checkpointing's empty step, or an unused layer whose gradient was zeroed in place.
-                    if float(group["lr"]) == 0 or (handle is not None and not bool(p.grad.any())):
-                        continue
-                    raise
-        return found + self._without_statistics(alone, found, batch_size)
-
-    def _without_statistics(
-        self, alone: list[tuple[int, Tensor, dict[str, Any]]], found: list[Found], given: int | None
-    ) -> list[Found]:
-        """Parameters of no attached model: the batch size is that of the others, or the one given to `step`."""
-        sizes = {window.batch_size for _, _, _, window in found}
-        if given is not None and sizes - {given}:
-            raise GradstatsError(
-                f"step(batch_size={given}), but {sorted(sizes - {given})} examples were backpropagated through the "
-                f"attached model: leave batch_size away, statistics know it"
-            )
-        moving = [row for row in alone if float(self.param_groups[row[0]]["lr"]) != 0 or sizes or given is not None]
-        if not moving:
-            return []
-        if given is None and len(sizes) != 1:
-            raise MissingStatistic(
-                f"the batch size behind the gradient of a parameter of shape {tuple(moving[0][1].shape)} is not known: "
-                f"call gradstats.attach(model) before the forward pass, or step(batch_size=...)"
-            )
-        b = given if given is not None else next(iter(sizes))
-        return [(index, p, state, Window({}, p.grad, b, "mean", p.numel())) for index, p, state in moving]
-
-    def _parts(self, windows: list[Found], loss_scale: float) -> list[Part]:
+    def _parts(self, found: list[Found], loss_scale: float) -> list[Part]:
         parts: dict[tuple[Any, ...], Part] = {}
         plans: dict[tuple[Any, ...], tuple[Update, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {}
-        for index, p, state, window in windows:
+        for index, p, state, window in found:
             group, b = self.param_groups[index], window.batch_size
             choice = (index, b, *state)
             if choice not in plans:
                 update = self.update(group, b, state)
                 plans[choice] = update, update.reads, update.buffers, update.younger
             update, reads, buffers, younger = plans[choice]
-            if any(name not in state for name in buffers):
+            dtype = accumulation_dtype(p.dtype)
+            if any(name not in state or state[name].dtype != dtype for name in buffers):
                 allocate(p, state, update)
             seen = int(state["step"]) + b
             ages = tuple((name, int(state[f"{name}_step"]) + b) for name in younger)
@@ -292,9 +239,6 @@ class ExampleOptimizer(Optimizer):
             row = (p, gradient, *[window.sums[name] for name in reads], *[state[name] for name in buffers])
             for column, tensor in zip(part.columns.values(), row, strict=True):
                 column.append(tensor)
-        for part in parts.values():
-            for name in ("step", *(f"{name}_step" for name in part.update.younger)):
-                torch._foreach_add_([state[name] for state in part.states], part.age.batch_size)
         return list(parts.values())
 
     def _common(
@@ -327,15 +271,6 @@ class ExampleOptimizer(Optimizer):
         if float(found_inf) > 0:
             return None
         return 1.0 if scale is None else float(scale)
-
-    def _unscaled(self, handle: Handle, p: Tensor, window: Window) -> Window:
-        """The window of a gradient that scaler.unscale_ has unscaled already, but not its squares."""
-        if handle.loss_scale is None:
-            raise GradstatsError(
-                "scaler.unscale_(optimizer) unscales the gradients but not their squares: leave it to "
-                "scaler.step(optimizer) and clip with max_norm, or name it, attach(..., grad_scaler=scaler)"
-            )
-        return handle.without_loss_scale(p, window, unscaled=True)
 
     # State
 
@@ -374,31 +309,21 @@ class ExampleOptimizer(Optimizer):
             self.check(group)
 
 
-def allocate(p: Tensor, state: dict[str, Any], update: Update) -> None:
-    for name in update.buffers:
-        if name not in state:
-            dtype = accumulation_dtype(p.dtype)
-            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-    for name in update.younger:
-        if name + "_step" not in state:
-            state[name + "_step"] = torch.tensor(0)
-    for name in update.numbers:
-        if name not in state:
-            state[name] = torch.tensor(0.0, dtype=torch.float64)
-
-
 def clip_factors(parts: Iterable[Part], bounds: Iterable[float]) -> dict[float | None, Tensor]:
     """min(1, max_norm / norm) for every max_norm in use; the norm of what is bounded over all parameters of a step."""
     norms: list[Tensor] = []
     for part in parts:
-        if (name := part.update.bounded) is not None:
-            scale = part.scalars.get("bounded_scale", 1.0)
-            norms += [n * scale for n in torch._foreach_norm(part.columns[name])]
-        else:
-            scale = abs(part.scalars["mean_scale"])
-            norms += [g * scale for g in torch._foreach_norm(part.columns["gradient"])]
-    norm = torch.stack([n.to(norms[0].device, norms[0].dtype) for n in norms]).norm()
+        name, scale = "gradient", abs(part.scalars["mean_scale"])
+        if part.update.bounded is not None:
+            name, scale = part.update.bounded, part.scalars.get("bounded_scale", 1.0)
+        norms += [norm * scale for norm in wide_norms(part.columns[name])]
+    norm = torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).norm()
     return {bound: (bound / norm).clamp(max=1.0) for bound in bounds}
+
+
+def wide_norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Euclidean norms, in a dtype in which squares do not overflow."""
+    return torch._foreach_norm(tensors, 2, accumulation_dtype(tensors[0].dtype))
 
 
 def accepts(valid: Callable[[Any], bool], value: Any) -> bool:
@@ -413,8 +338,15 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_rate(lr: Any) -> bool:
+    """A tensor on a device is believed, since reading it would wait for the device at every step."""
+    if not isinstance(lr, Tensor):
+        return is_number(lr) and lr >= 0
+    return lr.numel() == 1 and (lr.device.type != "cpu" or 0 <= float(lr) < math.inf)
+
+
 COMMON_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "lr": lambda lr: (is_number(lr) or (isinstance(lr, Tensor) and lr.numel() == 1)) and 0 <= float(lr) < math.inf,
+    "lr": is_rate,
     "betas": lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
     "eps": lambda eps: 0 <= eps < math.inf,
     "weight_decay": lambda decay: is_number(decay) and decay >= 0,

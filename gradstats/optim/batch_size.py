@@ -113,7 +113,7 @@ class ScheduledBatchSampler(Sampler[list[Any]]):
 
 
 class AdaptiveBatchSize:
-    """A batch size that follows the gradient noise scale, in powers of two: minimum 2^k, at most `maximum`.
+    """A batch size that follows the gradient noise scale: `minimum` times a power of two, at most `maximum`.
 
     |G|^2 and tr Sigma are averaged over `horizon` examples. With (low, high) the interval of B_simple at 95%
     (NoiseScale), a batch size B
@@ -167,7 +167,7 @@ class AdaptiveBatchSize:
         if self.noise.examples < ENOUGH_BATCHES * self.size:
             return
         low, high = (self.fraction * bound for bound in self.noise.interval())
-        if low >= 2 * self.size <= self.maximum:
+        if 2 * self.size <= min(low, self.maximum):
             self.size *= 2
         elif high < self.size / 2 and self.size > self.minimum and not self.grow_only:
             self.size //= 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradstats.errors import GradstatsError
@@ -26,7 +27,8 @@ def from_torch(optimizer: Optimizer, batch_size: int, **options: Any) -> Example
         options: of ours that torch's has not: compiled, max_norm, and before the first step those that change the
             trajectory, such as reference_batch_size.
 
-    A learning-rate scheduler changes the optimizer that it was made for: make another.
+    A learning-rate scheduler changes the optimizer that it was made for: make another. torch.optim.SGD does not
+    count its steps: set group["examples"] for a schedule to continue.
 
     Raises: GradstatsError for an optimizer or options without a counterpart.
     """
@@ -40,7 +42,7 @@ def from_torch(optimizer: Optimizer, batch_size: int, **options: Any) -> Example
         if name not in CONTINUING and optimizer.state:
             raise GradstatsError(f"{name} changes the trajectory, which has begun: convert before the first step")
     groups = [
-        others(group, optimizer) | pair.our_options(group, batch_size) | {"params": group["params"]}
+        others(group, optimizer) | own(pair.our_options(group, batch_size)) | {"params": group["params"]}
         for group in optimizer.param_groups
     ]
     ours = pair.ours(groups, **pair.our_options(optimizer.defaults, batch_size), **options)
@@ -60,7 +62,8 @@ def to_torch(optimizer: ExampleOptimizer, batch_size: int) -> Optimizer:
     """torch's optimizer that goes on as this one does at batches of `batch_size`.
 
     At batch_size = R = the batch size of tuning the trajectory is the same; elsewhere it is the closest that torch has,
-    with the values of counterparts.py. SGD's is the same at any batch size, but for Nesterov's.
+    with the values of counterparts.py. SGD's heavy ball is the same at any batch size, but for Nesterov's. An
+    average of the slides', or SGD's debiased one, is torch's once it has seen more than its horizon.
 
     Raises: GradstatsError for an optimizer or options without a counterpart.
     """
@@ -83,6 +86,11 @@ def to_torch(optimizer: ExampleOptimizer, batch_size: int) -> Optimizer:
                     for name, value in pair.their_state(state, group, batch_size).items()
                 }
     return theirs
+
+
+def own(options: dict[str, Any]) -> dict[str, Any]:
+    """With a tensor lr of its own: schedules change it in place."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
 
 
 def others(group: Group, optimizer: Optimizer) -> dict[str, Any]:

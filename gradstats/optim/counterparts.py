@@ -31,6 +31,9 @@ from gradstats.optim.rmsprop import BatchInvariantRMSprop
 from gradstats.optim.sgd import BatchInvariantSGD, heavy_ball
 from gradstats.units import forgotten
 
+# So many steps that torch's Adam divides by 1 from here on; float32, in which it counts them, can add no more.
+UNBIASED = 2.0**24
+
 Group = dict[str, Any]
 State = dict[str, Any]
 
@@ -109,6 +112,8 @@ class AdamPair(Pair):
 
     def their_state(self, state: State, group: Group, batch_size: int) -> State:
         ratio, steps = noise_ratio(group, batch_size), int(state["step"]) / batch_size
+        if group["average"] == "ewma":
+            steps = UNBIASED
         first, second = (forgotten(beta, steps) for beta in self.their_options(group, batch_size)["betas"])
         largest = {"max_exp_avg_sq": ratio * state["max_exp_avg_sq"]} if group["amsgrad"] else {}
         return largest | {

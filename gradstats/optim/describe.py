@@ -8,12 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from gradstats.errors import GradstatsError
+from gradstats.optim.adascale import AdaScale
 from gradstats.optim.base import ExampleOptimizer
 from gradstats.optim.counterparts import Group, in_torchs_units, kept
 from gradstats.optim.moment import reference_of
+from gradstats.optim.rmsprop import BatchInvariantRMSprop
+from gradstats.optim.sgd import BatchInvariantSGD
 from gradstats.sums import accumulation_dtype
 
 DECAYS = ("betas", "momentum", "alpha", "noise_beta")
+ADDING_UP = (BatchInvariantSGD, BatchInvariantRMSprop, AdaScale)  # lr is that of one push; others average
 SHOWN = ("gain", "lr", *DECAYS, "dampening", "eps", "weight_decay")
 
 
@@ -35,7 +39,7 @@ def describe(optimizer: ExampleOptimizer, *batch_sizes: float) -> str:
 
 
 def rows(optimizer: ExampleOptimizer, group: Group, batch_sizes: tuple[float, ...]) -> list[list[Any]]:
-    found = [["tuned at B", group["batch_size"]], ["lr an example", lr_of_an_example(group)]]
+    found = [["tuned at B", group["batch_size"]], ["lr an example", lr_of_an_example(optimizer, group)]]
     if "source" in group:
         found.append(["second moment of", group["source"]])
     if "reference_batch_size" in group and group.get("source") != "squared_batch_mean":
@@ -71,9 +75,9 @@ def of_step(group: Group, b: float) -> dict[str, Any]:
     }
 
 
-def lr_of_an_example(group: Group) -> float:
+def lr_of_an_example(optimizer: ExampleOptimizer, group: Group) -> float:
     lr = float(group["lr"]) / group["batch_size"]
-    if "dampening" in group or "alpha" in group:
+    if isinstance(optimizer, ADDING_UP):
         lr *= (1 - group.get("dampening", 0.0)) / (1 - group["momentum"])
     return lr
 
@@ -103,7 +107,7 @@ def text(value: Any) -> str:
     return f"{float(value):.6g}" if isinstance(value, (float, Tensor)) else str(value)
 
 
-def aligned(rows: Iterable[list[Any]]) -> list[str]:
-    cells = [[text(cell) for cell in row] for row in rows]
+def aligned(table: Iterable[list[Any]]) -> list[str]:
+    cells = [[text(cell) for cell in row] for row in table]
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(max(map(len, cells)))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)).rstrip() for row in cells]

@@ -99,6 +99,8 @@ def plain_kernel(update: Update, phase: Phase, names: Sequence[str], scalars: Ma
 
 def compiled_kernel(update: Update, phase: Phase, columns: Columns, scalars: Mapping[str, Any]) -> Kernel | None:
     dtypes = tuple(column[0].dtype for column in columns.values())
+    if any(t.dtype != dtype for column, dtype in zip(columns.values(), dtypes, strict=True) for t in column):
+        return None  # the kernel takes addresses, not values
     device = columns["parameter"][0].device
     artifact = compile_update(update, phase, tuple(columns), dtypes, tuple(scalars), device.type)
     if artifact is None:

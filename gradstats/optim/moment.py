@@ -63,7 +63,7 @@ class Moment:
         if (
             self.partner is not None
         ):  # before the first batch there is no other: m^2, too large by sigma^2/B, and soon forgotten
-            partner = getattr(x, self.partner) + k.first * x.m
+            partner = k.unbias * getattr(x, self.partner) + k.first * x.m
         v = k.product * x.m * partner
         if self.reads:
             v = v + k.square * x.second_moment
@@ -124,9 +124,16 @@ def moment_of(group: Mapping[str, Any], b: float, state: Mapping[str, Any]) -> M
 
 
 def moment_scalars(
-    group: Mapping[str, Any], moment: Moment, b: int, e: int, ages: Mapping[str, int], average: Average
+    group: Mapping[str, Any],
+    moment: Moment,
+    b: int,
+    e: int,
+    ages: Mapping[str, int],
+    average: Average,
+    mean: tuple[Average, int],
 ) -> dict[str, float]:
-    """The numbers of `averages` and `floor`: v = product m partner + square q, and weights."""
+    """The numbers of `averages` and `floor`: v = product m partner + square q, and weights; `mean` is the average that
+    m~ is, and how many examples it had seen before this batch."""
     r = reference_of(group)
     if group["source"] == "squared_batch_mean":
         product, square = 1.0, 0.0
@@ -136,8 +143,16 @@ def moment_scalars(
     else:
         square = 1 / r if moment.partner or b == 1 else reference_weight(b, r)
         product = 1 - square
-    first = ages["previous"] == b if moment.partner == "previous" else e == b
-    scalars = {"product": product, "square": square, "w2": average.weight(b, e), "inverse_reference": 1 / r}
-    if moment.floored:
+    before = ages["previous"] - b if moment.partner == "previous" else mean[1]
+    scalars = {
+        "product": product,
+        "square": square,
+        "first": float(before == 0),
+        "unbias": 1 / mean[0].mass(before) if moment.partner == "exp_avg" and before else 1.0,
+        "w2": average.weight(b, e),
+        "inverse_reference": 1 / r,
+    }
+    if moment.floored:  # s may have started earlier than q~
         scalars["w3"] = average.weight(b, ages["exp_avg_q"])
-    return scalars | {"first": float(first)}
+        scalars["inverse_reference"] *= average.mass(e) / average.mass(ages["exp_avg_q"])
+    return scalars

@@ -4,8 +4,8 @@ From a batch of B examples with mean gradient m and second moment q, unbiased fo
 
     mu2 = m^2 - s2/B        sigma2 = q - mu2        that is s2, the variance of the batch
 
-One example has no variance. For B = 1, mu2 = m m~, the product with the running average before it, and 0 where there is
-none: all is noise then.
+One example has no variance. For B = 1, mu2 = m m~, the product with the running average before it, without its start at zero,
+and 0 where there is none: all is noise then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from gradstats.optim.base import Age, ExampleOptimizer
 from gradstats.optim.update import Update, Values
 from gradstats.statistics import reference_weight
-from gradstats.units import average
+from gradstats.units import average, forgotten
 
 
 def noise_scalars(b: int, e: int, beta: float, batch_size: float) -> dict[str, float]:
@@ -84,7 +84,7 @@ class ScaledUpdate(Update):
         """mu2 and sigma2."""
         if self.single and self.bounded is None:
             return torch.zeros_like(x.m), x.second_moment
-        return split(x, k, self.running_average(x, k) if self.single else x.m)
+        return split(x, k, k.noise_unbias * self.running_average(x, k) if self.single else x.m)
 
     def averages(self, x: Values, k: Values) -> dict[str, Tensor]:
         return self.inner.averages(x, k)
@@ -121,4 +121,11 @@ class NoiseScaled(ExampleOptimizer):
         assert isinstance(update, ScaledUpdate)
         of_optimizer = super().scalars(group, age, update.inner)  # type: ignore[safe-super]
         noise = noise_scalars(age.batch_size, age.examples, group["noise_beta"], group["batch_size"])
-        return of_optimizer | noise
+        return of_optimizer | noise | {"noise_unbias": self.unbias(group, age.examples - age.batch_size)}
+
+    def unbias(self, group: Mapping[str, Any], before: int) -> float:
+        """What makes up for the start of m~ at zero, after so many examples."""
+        if before == 0 or group["average"] not in ("ewma", "heavy_ball"):
+            return 1.0
+        beta = group["betas"][0] if "betas" in group else group["momentum"]
+        return 1 / forgotten(beta ** (1 / group["batch_size"]), before)

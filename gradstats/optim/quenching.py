@@ -19,7 +19,8 @@ class QuenchingUpdate(Update):
     """mu2~ and s2~, and the mean gradient over as many examples as these ask for."""
 
     single: bool  # B = 1
-    statistics: tuple[str, ...] = ("second_moment",)
+
+    statistics = ("second_moment",)
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -35,7 +36,7 @@ class QuenchingUpdate(Update):
             "squared_mean": moved(x.squared_mean, mu2, k.noise_weight),
             "variance": moved(x.variance, sigma2, k.noise_weight),
         }
-        w = (k.k * self.rate(x | new, k)).clamp(max=1.0)
+        w = (k.batches * self.rate(x | new, k)).clamp(max=1.0)  # B/n, at most 1
         w = k.of_all + (w - k.of_all).clamp(min=0)
         return new | {"exp_avg": x.exp_avg + w * (x.m - x.exp_avg)}
 
@@ -105,7 +106,7 @@ class QuenchingSGD(ExampleOptimizer):
         super().__init__(params, options, compiled)
 
     def statistics(self, group: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("second_moment",)
+        return QuenchingUpdate.statistics
 
     def needs_gradient(self, group: Mapping[str, Any]) -> bool:
         return True
@@ -115,5 +116,5 @@ class QuenchingSGD(ExampleOptimizer):
 
     def scalars(self, group: Mapping[str, Any], age: Age, update: Update) -> dict[str, Any]:
         b, e, tuned = age.batch_size, age.examples, group["batch_size"]
-        numbers = {"k": b / tuned, "of_all": b / e, "tuned": tuned, "step": b / tuned * group["lr"]}
+        numbers = {"batches": b / tuned, "of_all": b / e, "tuned": tuned, "step": b / tuned * group["lr"]}
         return numbers | noise_scalars(b, e, group["noise_beta"], tuned)

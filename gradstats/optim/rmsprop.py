@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, maximum
 
@@ -53,8 +53,7 @@ class RMSpropUpdate(Update):
         return "momentum_buffer" if self.momentum else None
 
     def averages(self, x: Values, k: Values) -> dict[str, Tensor]:
-        across = self.moment.partner == "exp_avg"
-        new = self.moment.averages(x | {"exp_avg": k.unbias * x.exp_avg} if across else x, k)
+        new = self.moment.averages(x, k)
         if self.averaged:
             new["exp_avg"] = moved(x.exp_avg, x.m, k.w1)
         if self.momentum:
@@ -109,8 +108,8 @@ class BatchInvariantRMSprop(ExampleOptimizer):
     Arguments:
         lr, alpha, eps, weight_decay, momentum, centered, maximize: torch.optim.RMSprop's, as tuned at `batch_size`.
         batch_size: the batch size at which those values were tuned.
-        reference_batch_size, source, estimator: as in BatchInvariantAdam. source="variance", s2/R, is the variance over
-            the examples of a batch, and `centered` also over time.
+        reference_batch_size, source, estimator: as in BatchInvariantAdam. source="variance", s2/R, is the variance
+            within a batch; that of `centered`, s - m~^2, is over time as well.
         exponent: 0.5 or 1.
         eps_inside: whether eps is added before the power, as Graves does.
         average: of units.py, for s and m~: "ewma", which starts from zero, "debiased_ewma", "mean" or "slides".
@@ -119,8 +118,9 @@ class BatchInvariantRMSprop(ExampleOptimizer):
             which depends on the batch size, without. None does not clip.
         compiled: see ExampleOptimizer.
 
-    Raises: MissingStatistic by `step` for a gradient without statistics; LifetimeError if R > 1 and the gradient was
-        changed after the backward pass.
+    Raises: GradstatsError for `centered` with source="variance" or R = inf; MissingStatistic by `step` for a gradient
+        without statistics; LifetimeError if squares are combined with the gradient (R > 1, the variance, centered) and
+        it was changed after the backward pass (clip with max_norm).
 
     Source: Tieleman & Hinton 2012, Coursera lecture 6.5; centered, with momentum: Graves 2013, arXiv:1308.0850;
     g/sigma^2: D. McAllester, TTIC 31230 lecture slides, "SGD, Momentum, RMSProp, Adam".
@@ -182,13 +182,13 @@ class BatchInvariantRMSprop(ExampleOptimizer):
     def in_examples(
         cls,
         params: Any,
-        lr: float = 4e-5,
+        lr: float | Tensor = 4e-5,
         horizons: tuple[float, float] = (1, 25_600),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         reference_batch_size: float | str = 1,
         **options: Any,
-    ) -> BatchInvariantRMSprop:
+    ) -> Self:
         """The slides' parametrisation: lr an example, in total, and horizons in examples of the momentum, 1 for none,
         and of s.
 
@@ -236,23 +236,13 @@ class BatchInvariantRMSprop(ExampleOptimizer):
         b, e, momentum, k = age.batch_size, age.examples, group["momentum"], age.batch_size / group["batch_size"]
         kind = average(group["average"], group["alpha"], group["batch_size"])
 
-        def weight_of_all(examples: int) -> float:
-            """Of an average from zero: the rest is the zero's."""
-            if group["average"] != "ewma":
-                return 1.0
-            return average("debiased_ewma", group["alpha"], group["batch_size"]).bias_correction(examples)
-
-        scalars = moment_scalars(group, moment, b, e, ages, kind)
+        before = ages["exp_avg"] - b if update.averaged else 0
+        scalars = moment_scalars(group, moment, b, e, ages, kind, (kind, before))
         scalars |= {"step": k * group["lr"], "eps": group["eps"]}
         if update.averaged:
-            before = ages["exp_avg"] - b
-            scalars |= {"w1": kind.weight(b, ages["exp_avg"]), "unbias": 1 / weight_of_all(before) if before else 1.0}
-            if moment.partner == "exp_avg":
-                scalars["first"] = float(before == 0)
+            scalars["w1"] = kind.weight(b, ages["exp_avg"])
         if moment.floored:
-            scalars["share_of_mean"] = scalars["inverse_reference"]
-            # s and m~ may have started earlier than q~.
-            scalars["inverse_reference"] *= weight_of_all(e) / weight_of_all(ages["exp_avg_q"])
+            scalars["share_of_mean"] = 1 / reference_of(group)
         if update.momentum:
             scalars |= heavy_ball(momentum, k) | {"push": k, "step": k / (1 - momentum) * group["lr"]}
         return scalars

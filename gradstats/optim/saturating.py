@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradstats.optim.adam import BatchInvariantAdam
-from gradstats.optim.base import Age, Found, Part
+from gradstats.optim.base import Age, Part
 from gradstats.optim.noise import NoiseScaled, ScaledUpdate, share
 from gradstats.optim.sgd import BatchInvariantSGD
 from gradstats.optim.update import Update, Values, moved
@@ -30,6 +30,10 @@ class SaturatingUpdate(ScaledUpdate):
     def added(self) -> tuple[str, ...]:
         return ("squared_mean", "variance") if self.by_coordinate else ()
 
+    @property
+    def tallies(self) -> tuple[str, ...]:
+        return () if self.by_coordinate else NUMBERS
+
     def averages(self, x: Values, k: Values) -> dict[str, Tensor]:
         new = super().averages(x, k)
         if self.by_coordinate:
@@ -39,11 +43,11 @@ class SaturatingUpdate(ScaledUpdate):
         return new
 
     def factor(self, x: Values, k: Values) -> Tensor:
-        return saturation(x.squared_mean, x.variance, k.excess) if self.by_coordinate else k.saturation
+        return saturating(x.squared_mean, x.variance, k.excess) if self.by_coordinate else k.factor
 
 
-def saturation(gradient_squared: Tensor, trace: Tensor, excess: Any) -> Tensor:
-    """1 / (1 + B/(k B_noise)), with excess = B/k."""
+def saturating(gradient_squared: Tensor, trace: Tensor, excess: Any) -> Tensor:
+    """The factor 1 / (1 + B/(k B_noise)), with excess = B/k."""
     return share(trace.clamp(min=0), gradient_squared.clamp(min=0) * excess)
 
 
@@ -77,15 +81,6 @@ class Saturating(NoiseScaled):
     def scalars(self, group: Mapping[str, Any], age: Age, update: Update) -> dict[str, Any]:
         return super().scalars(group, age, update) | {"excess": age.batch_size / group["saturation"]}
 
-    def _windows(self, batch_size: int | None) -> list[Found]:
-        found = super()._windows(batch_size)
-        for group in self.param_groups:
-            for p in group["params"] if group["over"] != "coordinate" else ():
-                if (state := self.state.get(p)) and "trace" not in state:
-                    for name in NUMBERS:
-                        state[name] = torch.zeros((), dtype=accumulation_dtype(p.dtype), device=p.device)
-        return found
-
     def prepare(self, parts: list[Part]) -> None:
         """Moves the averages of |G|^2 and tr Sigma, without waiting for the device, and gives every part its factor."""
         super().prepare(parts)
@@ -100,14 +95,14 @@ class Saturating(NoiseScaled):
                 of_model.append((part, averages.sum(1)))
                 stepped.append(part)
             else:
-                factors = saturation(averages[0], averages[1], part.scalars["excess"])
+                factors = saturating(averages[0], averages[1], part.scalars["excess"])
                 stepped += [alone(part, i, factor) for i, factor in enumerate(factors.unbind())]
         parts[:] = stepped
         if of_model:
             device = of_model[0][1].device
             total = torch.stack([averages.to(device, torch.float64) for _, averages in of_model]).sum(0)
             for part, _ in of_model:
-                part.scalars["saturation"] = saturation(total[0], total[1], part.scalars["excess"])
+                part.scalars["factor"] = saturating(total[0], total[1], part.scalars["excess"])
 
 
 def moved_noise(part: Part) -> Tensor:
@@ -139,7 +134,7 @@ def noise(part: Part) -> tuple[Tensor, Tensor]:
         product = torch.zeros_like(q)
         if running is not None:
             product = scale * dot("gradient", running) + (l2 * dot("parameter", running) if l2 else 0)
-            product *= k.get("bounded_scale", 1.0)
+            product *= k["noise_unbias"] * k.get("bounded_scale", 1.0)
     mu2 = k["noise_product"] * product + k["noise_square"] * q
     return mu2, q - mu2
 
@@ -147,7 +142,7 @@ def noise(part: Part) -> tuple[Tensor, Tensor]:
 def alone(part: Part, i: int, factor: Tensor) -> Part:
     """One of the part's parameters as a part, with its factor."""
     columns = {name: [column[i]] for name, column in part.columns.items()}
-    scalars = part.scalars | {"saturation": factor}
+    scalars = part.scalars | {"factor": factor}
     return replace(part, scalars=scalars, windows=[part.windows[i]], states=[part.states[i]], columns=columns)
 
 

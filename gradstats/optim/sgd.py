@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -69,8 +69,8 @@ class BatchInvariantSGD(ExampleOptimizer):
 
     v before its last line is torch's momentum_buffer; the state keeps what is left after it. At B = batch_size this is
     torch.optim.SGD's trajectory. One example moves the parameters by lr (1 - dampening) / ((1 - momentum) batch_size)
-    g_b in total, soon or later, whatever the momentum and whatever the sizes of the batches before and after. As in
-    torch, dampening spares the start: here the first batch_size examples.
+    g_b in total, sooner or later, whatever the sizes of the batches before and after; `in_examples` takes this factor
+    as its lr, whatever the horizon. As in torch, dampening spares the start: here the first batch_size examples.
 
     The other averages of `units.py` keep a running average g~ of m with weight w(B, E), and
 
@@ -141,12 +141,12 @@ class BatchInvariantSGD(ExampleOptimizer):
     def in_examples(
         cls,
         params: Any,
-        lr: float = 4e-6,
+        lr: float | Tensor = 4e-6,
         horizon: float = 2560,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         **options: Any,
-    ) -> BatchInvariantSGD:
+    ) -> Self:
         """The slides' parametrisation: one example moves the parameters by lr g_b in total, in a horizon of N examples.
 
         The same as lr / N with momentum = 1 - 1/N, tuned at batch size 1. Decoupled decay is lr weight_decay an

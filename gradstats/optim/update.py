@@ -69,6 +69,11 @@ class Update(ABC):
         return ()
 
     @property
+    def tallies(self) -> tuple[str, ...]:
+        """State that is one number, zero at first, on the parameter's device; the optimizer's `prepare` moves it."""
+        return ()
+
+    @property
     def bounded(self) -> str | None:
         """The buffer whose norm max_norm bounds; None for the mean gradient itself."""
         return None
@@ -98,6 +103,8 @@ class Update(ABC):
         k, p = Values(scalars), tensors["parameter"]
         p = p.to(accumulation_dtype(p.dtype))
         m = tensors["gradient"].to(p.dtype) * k.mean_scale
+        if phase == "move" and self.bounded is None:
+            m = m * k.clip
         read = {name: tensors[STATISTICS[name][0]] * scalars[f"{name}_scale"] for name in self.statistics}
         if self.coupled:
             pull = k.l2 * p
@@ -109,9 +116,8 @@ class Update(ABC):
         if phase != "move":
             new = self.averages(x, k)
             x |= new | {"before": x}
-        else:
-            bounded = self.bounded or "m"
-            x |= {bounded: vars(x)[bounded] * k.clip}
+        elif self.bounded is not None:
+            x |= {self.bounded: vars(x)[self.bounded] * k.clip}
         if phase != "averages":
             new["parameter"] = p * k.decay - self.change(x, k)
         return new

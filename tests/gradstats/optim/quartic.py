@@ -26,9 +26,11 @@ class Momentum:
         self.rho, self.b0, self.average, self.e, self.kept = momentum ** (1 / batch_size), batch_size, average, 0, 0.0
 
     def before(self, b):
+        """The estimate of the mean gradient before a batch of b."""
         if self.average == "debiased_ewma":
             return self.kept
-        return self.kept * (1 - self.rho**b) / (self.rho**b * b / self.b0)
+        start = 1 - self.rho**self.e if self.e else 1  # of the zero that it started from
+        return self.kept * (1 - self.rho**b) / (self.rho**b * b / self.b0) / start
 
     def after(self, b, m):
         self.e += b

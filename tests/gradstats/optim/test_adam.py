@@ -11,7 +11,7 @@ from gradstats import GradstatsError, LifetimeError, MissingStatistic, attach, a
 from gradstats.optim import BatchInvariantAdam
 from tests import oracle
 from tests.gradstats.optim import reference
-from tests.gradstats.optim.problem import problem, train
+from tests.gradstats.optim.problem import problem, train, vector
 from tests.gradstats.optim.quartic import Quartic
 
 D = torch.float64
@@ -160,7 +160,7 @@ def test_max_norm_bounds_the_running_average_over_all_groups():
     groups = [{"params": model[0].parameters()}, {"params": [*model[2].parameters(), *model[3].parameters()]}]
     # eps far above sqrt(s) makes the step lr m~ / eps: its norm is lr max_norm / eps when the bound is active.
     optimizer = BatchInvariantAdam(groups, lr=1.0, eps=1e3, batch_size=16, max_norm=1e-3)
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    before = vector(model)
     after = train(model, optimizer, x, y, [16])
     norm = torch.cat([s["exp_avg"].flatten() for s in optimizer.state.values()]).norm()
     assert norm > 1e-3

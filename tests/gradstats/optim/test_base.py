@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradstats import GradstatsError, MissingStatistic, attach
-from gradstats.optim import BatchInvariantAdam
+from gradstats.optim import BatchInvariantAdam, BatchInvariantLion, BatchInvariantSGD
 from tests.gradstats.optim.problem import problem, train, vector
 
 CLASSIC = {"lr": 0.01, "batch_size": 16, "source": "squared_batch_mean"}
@@ -56,7 +56,7 @@ def test_statistics_of_nothing_are_no_batch_of_none():
     model.zero_grad()
     model[3](torch.ones(4, 8, dtype=x.dtype)).sum().backward()
     model[0].weight.grad = torch.ones_like(model[0].weight)
-    with pytest.raises(MissingStatistic, match="'0.weight' has no statistics"):
+    with pytest.raises(MissingStatistic, match="'0.weight' is another tensor"):
         optimizer.step()
 
 
@@ -139,3 +139,107 @@ def test_a_frozen_option_is_checked_when_loaded():
     state["param_groups"][0]["average"] = "exponential"
     with pytest.raises(GradstatsError, match="debiased_ewma"):
         BatchInvariantAdam(model.parameters()).load_state_dict(state)
+
+
+def test_ignored_parameters_take_the_loss_reduction_of_the_others():
+    results = []
+    for reduction in ("mean", "sum"):
+        model, x, y = problem()
+        attach(model, ignore=["0.weight"], loss_reduction=reduction)
+        optimizer = BatchInvariantSGD(model.parameters(), lr=0.1, batch_size=8)
+        F.cross_entropy(model(x[:8]), y[:8], reduction=reduction).backward()
+        optimizer.step()
+        results.append(vector(model))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("kind", [lambda ps: BatchInvariantAdam(ps, reference_batch_size=1), BatchInvariantSGD])
+def test_stale_statistics(kind):
+    """Of a gradient zeroed in place there is no step, and none of one set by hand."""
+    model, x, y = problem()
+    attach(model)
+    optimizer = kind(model.parameters())
+    train(model, optimizer, x, y, [8])
+    before = vector(model)
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    assert torch.equal(before, vector(model)) and optimizer.examples == 8
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(MissingStatistic, match=r"'0.weight' is another tensor.*backpropagate"):
+        optimizer.step()
+    assert torch.equal(before, vector(model)) and optimizer.examples == 8
+
+
+def test_max_norm_bounds_the_gradient_and_leaves_coupled_decay():
+    model, x, y = problem()
+    theirs, _, _ = problem()
+    attach(model)
+    options = {"lr": 0.1, "weight_decay": 0.5}
+    optimizer = BatchInvariantSGD(
+        model.parameters(), batch_size=8, max_norm=0.01, decoupled_weight_decay=False, **options
+    )
+    a = train(model, optimizer, x, y, [8])
+    plain = torch.optim.SGD(theirs.parameters(), **options)
+    before = lambda: nn.utils.clip_grad_norm_(theirs.parameters(), 0.01)  # noqa: E731
+    b = train(theirs, plain, x, y, [8], before=before)
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_norms_do_not_overflow_in_half_precision():
+    p = nn.Parameter(torch.ones(1000, dtype=torch.float16))
+    p.grad = torch.full_like(p, 3000.0)
+    BatchInvariantSGD([p], lr=1e-3, batch_size=1, max_norm=1e3).step(batch_size=1)
+    step = 1e-3 * 1e3 / 1000**0.5
+    assert abs(float(1 - p.detach()[0]) - step) < 1e-3
+
+
+def test_groups_do_not_share_a_tensor_lr():
+    lr = torch.tensor(0.1)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = BatchInvariantSGD([{"params": layer.parameters()} for layer in model], lr=lr)
+    assert optimizer.param_groups[0]["lr"] is lr and optimizer.param_groups[1]["lr"] is not lr
+
+
+@pytest.mark.parametrize("r", [1, 4])
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_step_by_hand_under_a_named_scaler(r, unscale):
+    results = []
+    for scaled in (False, True):
+        model, x, y = problem()
+        scaler = scaler_of()
+        attach(model, **({"grad_scaler": scaler} if scaled else {}))
+        optimizer = BatchInvariantAdam(model.parameters(), lr=0.01, batch_size=16, reference_batch_size=r)
+        loss = F.cross_entropy(model(x[:8]), y[:8])
+        (scaler.scale(loss) if scaled else loss).backward()
+        if scaled and unscale:
+            scaler.unscale_(optimizer)
+        optimizer.step()
+        results.append(torch.cat([vector(model), optimizer.state[model[0].weight]["exp_avg_sq"].flatten()]))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_state_in_two_dtypes(compiled):
+    """Compiled kernels take addresses: a column of mixed dtypes is not theirs."""
+    results = []
+    for mixed in (False, True):
+        model, x, y = problem(torch.float32)
+        attach(model)
+        optimizer = BatchInvariantSGD(model.parameters(), momentum=0.9, batch_size=8, compiled=compiled)
+        train(model, optimizer, x, y, [8])
+        if mixed:
+            state = optimizer.state[model[0].bias]
+            state["momentum_buffer"] = state["momentum_buffer"].double()
+        results.append(train(model, optimizer, x, y, [8]))
+    torch.testing.assert_close(*results)
+
+
+def test_options_that_an_optimizer_has_not_are_not_read():
+    model, x, y = problem()
+    optimizer = BatchInvariantLion([{"params": model.parameters(), "max_norm": 1e-3}], batch_size=8)
+    plain, _, _ = problem()
+    a = train(model, optimizer, x, y, [8, 8], batch_size=8)
+    assert torch.equal(
+        a, train(plain, BatchInvariantLion(plain.parameters(), batch_size=8), x, y, [8, 8], batch_size=8)
+    )

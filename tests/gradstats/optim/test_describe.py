@@ -86,6 +86,8 @@ def test_an_example_moves_the_velocity_in_total():
     optimizer = optim.BatchInvariantSGD.in_examples(nn.Linear(2, 2).parameters(), lr=0.125, horizon=50)
     assert cells(optimizer.describe())["lr an example"] == ["0.125"]
     assert cells(optimizer.describe())["horizon of momentum"] == ["50"]
+    optimizer = optim.AdaScale(nn.Linear(2, 2).parameters(), 0.1, 0.9, batch_size=4)
+    assert cells(optimizer.describe())["lr an example"] == ["0.25"]
 
 
 def test_what_torch_has_not_is_described_in_steps():

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from gradstats.optim import BatchInvariantLion
-from tests.gradstats.optim.problem import problem, train
 from tests.gradstats.optim.quartic import Quartic, compare
 
 
@@ -47,12 +46,3 @@ def test_is_lion_at_the_tuned_batch_size():
         model(x).mean().backward()
         optimizer.step(batch_size=4)
         assert (model.p - p).abs().max() <= 1e-10
-
-
-def test_maximize_ascends():
-    results = []
-    for maximize, sign in ((True, -1), (False, 1)):
-        model, x, y = problem()
-        optimizer = BatchInvariantLion(model.parameters(), lr=0.01, batch_size=16, maximize=maximize)
-        results.append(train(model, optimizer, x, y, [16] * 3, sign=sign, batch_size=16))
-    assert torch.equal(*results)

@@ -7,7 +7,7 @@ from torch import nn
 
 from gradstats import GradstatsError, LifetimeError, attach
 from gradstats.optim import QuenchingSGD
-from tests.gradstats.optim.problem import problem, train
+from tests.gradstats.optim.problem import problem, train, vector
 from tests.gradstats.optim.quartic import compare
 
 
@@ -70,7 +70,7 @@ def test_max_norm_bounds_the_running_average():
     x, y = x[:1].expand_as(x), y[:1].expand_as(y)
     attach(model)
     optimizer = QuenchingSGD(model.parameters(), lr=1.0, batch_size=16, max_norm=1e-3)
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    before = vector(model)
     torch.testing.assert_close(
         (train(model, optimizer, x, y, [16]) - before).norm(), torch.tensor(1e-3, dtype=torch.float64)
     )

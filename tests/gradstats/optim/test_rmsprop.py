@@ -9,7 +9,7 @@ from torch import nn
 
 from gradstats import GradstatsError, LifetimeError, attach
 from gradstats.optim import BatchInvariantRMSprop, BatchInvariantSGD
-from tests.gradstats.optim.problem import problem, train
+from tests.gradstats.optim.problem import problem, train, vector
 
 D = torch.float64
 UNEVEN = [1, 7, 64, 3, 2, 1, 16, 256, 5] * 2
@@ -267,7 +267,7 @@ def test_max_norm_bounds_the_step_over_all_parameters(momentum):
     optimizer = BatchInvariantRMSprop(
         model.parameters(), 0.5e9, eps=1e9, momentum=momentum, batch_size=16, max_norm=1e-3 / (1e9 if momentum else 1)
     )
-    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    before = vector(model)
     after = train(model, optimizer, x, y, [32])
     torch.testing.assert_close((after - before).norm().item(), 32 / 16 * 0.5 / (1 - momentum) * 1e-3, rtol=1e-6, atol=0)
 

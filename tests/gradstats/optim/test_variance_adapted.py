@@ -8,7 +8,7 @@ from torch import nn
 from gradstats import GradstatsError, LifetimeError, attach
 from gradstats.optim import BatchInvariantAdam, BatchInvariantSGD, VarianceAdaptedAdam, VarianceAdaptedSGD
 from tests.gradstats.optim import reference
-from tests.gradstats.optim.problem import problem, train
+from tests.gradstats.optim.problem import problem, train, vector
 from tests.gradstats.optim.quartic import Momentum, Quartic, compare
 
 
@@ -146,7 +146,7 @@ def test_max_norm_shortens_the_step_and_leaves_gamma(options):
         model, x, y = problem()
         attach(model)
         optimizer = VarianceAdaptedSGD(model.parameters(), lr=1.0, batch_size=16, max_norm=bound, **options)
-        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        before = vector(model)
         steps.append(train(model, optimizer, x, y, [16]) - before)
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     torch.testing.assert_close(steps[1], steps[0] * (1e-6 / norm), rtol=1e-6, atol=1e-14)

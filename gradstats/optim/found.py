@@ -1,0 +1,152 @@
+"""The parameters of a step, with what was backpropagated through them: how an optimizer finds its statistics."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradstats.errors import GradstatsError, MissingStatistic
+from gradstats.handle import Handle, handle_of
+from gradstats.optim.update import STATISTICS, Update
+from gradstats.sums import accumulation_dtype
+from gradstats.window import Window
+
+if TYPE_CHECKING:
+    from gradstats.optim.base import ExampleOptimizer
+
+State = dict[str, Any]
+
+
+class Found(NamedTuple):
+    """A parameter that has a gradient."""
+
+    group: int  # its index
+    parameter: Tensor
+    state: State
+    window: Window
+
+
+def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
+    """All that a step moves; `batch_size` is what it was told. Raises: MissingStatistic, LifetimeError."""
+    if zeroed(optimizer):
+        return []
+    found: list[Found] = []
+    alone: list[tuple[int, Tensor, State]] = []
+    sizes: dict[Handle, int] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        reads = tuple(STATISTICS[name][0] for name in optimizer.statistics(group))
+        needs_gradient = optimizer.needs_gradient(group)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = optimizer.state[p]
+            if not state:
+                state["step"] = torch.tensor(0)  # on the CPU, since it decides scalars of the step
+                allocate(p, state, optimizer.update(group, math.inf, state))  # what every batch needs
+            handle = handle_of(p)
+            if handle is None and not reads:
+                alone.append((index, p, state))
+                continue
+            try:
+                window = window_of(optimizer, handle, p, reads, needs_gradient)
+            except MissingStatistic:
+                # Distributed checkpointing's empty step, or an unused layer whose gradient was zeroed in place.
+                if float(group["lr"]) == 0 or (handle is not None and not bool(p.grad.any())):
+                    continue
+                raise
+            assert handle is not None
+            if handle.granularity != "example" and sizes.setdefault(handle, window.batch_size) != window.batch_size:
+                raise GradstatsError(
+                    f"granularity={handle.granularity!r} counts {window.batch_size} at '{handle.name_of(p)}' and "
+                    f"{sizes[handle]} at other parameters, which would step at different rates: granularity='example'"
+                )
+            found.append(Found(index, p, state, window))
+    return found + without_statistics(optimizer, alone, found, batch_size)
+
+
+def zeroed(optimizer: ExampleOptimizer) -> bool:
+    """Whether all gradients with statistics were zeroed in place: then these are older, and there is no batch."""
+    served = False
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        if (handle := handle_of(p)) is not None:
+            served = True
+            if not handle.zeroed(p):
+                return False
+    return served
+
+
+def window_of(
+    optimizer: ExampleOptimizer, handle: Handle | None, p: Tensor, reads: tuple[str, ...], needs_gradient: bool
+) -> Window:
+    """What was backpropagated through a parameter, in the units in which its gradient is now."""
+    if handle is None:
+        raise MissingStatistic(
+            f"no statistics for a parameter of shape {tuple(p.shape)}: call gradstats.attach(model) before the forward "
+            f"pass, and give parameters that are named in ignore to another optimizer"
+        )
+    if handle.replaced(p):
+        raise MissingStatistic(
+            f"the gradient of '{handle.name_of(p)}' is another tensor than the one that its statistics are of: "
+            f"backpropagate through the attached model before every step"
+        )
+    # GradScaler's step sets both, and the scale not if the gradient was unscaled already.
+    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    by_hand = found_inf is None and handle.loss_scale is not None
+    window = handle.window(p, reads, needs_gradient or by_hand)
+    if by_hand:
+        return handle.without_loss_scale(p, window)
+    if found_inf is None or scale is not None or not reads:
+        return window
+    if handle.loss_scale is None:
+        raise GradstatsError(
+            "scaler.unscale_(optimizer) unscales the gradients but not their squares: leave it to "
+            "scaler.step(optimizer) and clip with max_norm, or name it, attach(..., grad_scaler=scaler)"
+        )
+    return handle.without_loss_scale(p, window, unscaled=True)
+
+
+def without_statistics(
+    optimizer: ExampleOptimizer, alone: list[tuple[int, Tensor, State]], found: list[Found], given: int | None
+) -> list[Found]:
+    """Parameters of no attached model: the batch size is that of the others, or the one given to `step`."""
+    sizes = {one.window.batch_size for one in found}
+    if given is not None and sizes - {given}:
+        raise GradstatsError(
+            f"step(batch_size={given}), but {sorted(sizes - {given})} examples were backpropagated through the "
+            f"attached model: leave batch_size away, statistics know it"
+        )
+    groups = optimizer.param_groups
+    moving = [row for row in alone if sizes or given is not None or float(groups[row[0]]["lr"]) != 0]
+    if not moving:
+        return []
+    if given is None and len(sizes) != 1:
+        raise MissingStatistic(
+            f"the batch size behind the gradient of a parameter of shape {tuple(moving[0][1].shape)} is not known: "
+            f"call gradstats.attach(model) before the forward pass, or step(batch_size=...)"
+        )
+    b = given if given is not None else next(iter(sizes))
+    reductions = {one.window.loss_reduction for one in found} or {"mean"}
+    if len(reductions) > 1:
+        raise GradstatsError("models attached with different loss_reductions in one step: an optimizer each")
+    (reduction,) = reductions
+    return [Found(index, p, state, Window({}, p.grad, b, reduction, p.numel())) for index, p, state in moving]
+
+
+def allocate(p: Tensor, state: State, update: Update) -> None:
+    """What the update keeps of a parameter, and is not there yet."""
+    dtype = accumulation_dtype(p.dtype)
+    for name in update.buffers:
+        if name not in state:
+            state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        elif state[name].dtype != dtype:  # the model was converted
+            state[name] = state[name].to(dtype)
+    for name in update.younger:
+        state.setdefault(f"{name}_step", torch.tensor(0))
+    for name in update.numbers:
+        state.setdefault(name, torch.tensor(0.0, dtype=torch.float64))
+    for name in update.tallies:
+        if name not in state:
+            state[name] = torch.zeros((), dtype=dtype, device=p.device)
