@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -50,8 +51,9 @@ class Oddity(NamedTuple):
 class Forwards:
     """Runs `module` on rows of the arguments of one call, leaving no trace on the model."""
 
-    def __init__(self, handle: FusedHandle, module: nn.Module, arguments: Arguments):
+    def __init__(self, handle: FusedHandle, module: nn.Module, arguments: Arguments, within: bool = False):
         self.handle, self.module, self.arguments = handle, module, arguments
+        self.within = within  # a call of the module
         self.seed = 0
         self.shared: tuple[int, ...] = ()  # arguments that all examples share after all
         self.digested = 0  # examples of a forward of which only a number a row is kept
@@ -72,7 +74,7 @@ class Forwards:
         self.examples += len(rows)
         args, kwargs = self.arguments.take(rows, replaced, self.shared)
         with undisturbed(self.handle.model, self.seed), self._watching():
-            output = self.module.forward(*args, **kwargs)
+            output = self._forward(*args, **kwargs)
         outputs = [o for o in tree_leaves(output) if isinstance(o, Tensor)]
         self._find_hidden_uses(outputs)
         return self._visits, [o.detach() for o in outputs]
@@ -81,7 +83,13 @@ class Forwards:
         """The call as it is: a model that fails with its whole batch too fails with its own error."""
         args, kwargs = tree_unflatten(self.arguments.values, self.arguments.spec)
         with undisturbed(self.handle.model, self.seed), self.handle.probed_by(self):
-            self.module.forward(*args, **kwargs)
+            self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Within a call, what others have put around the instance's forward is active already; to enter it again may
+        not leave it as it was: Accelerate puts one autocast around it, which remembers one state."""
+        forward = partial(type(self.module).forward, self.module) if self.within else self.module.forward
+        return forward(*args, **kwargs)
 
     @contextmanager
     def _watching(self) -> Iterator[None]:

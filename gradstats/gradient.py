@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 
 import torch
@@ -17,6 +18,7 @@ class Left:
 
     def __init__(self, gradient: Tensor, sampled: bool = False, followed: bool = False):
         self.state = self.known = state_of(gradient)
+        self.tensor = weakref.ref(gradient)  # an address is given again
         self.sample = sample(gradient) if sampled else None
         self.fingerprint = fingerprint(gradient) if followed else None
         self.factor: float | None = None if followed else 1.0  # None: not known yet
@@ -69,6 +71,11 @@ def fingerprint(gradient: Tensor) -> Tensor:
     happen to a gradient. r is an outer product, so that g is read but not copied."""
     values = values_of(gradient).reshape(-1)
     values = values.to(torch.promote_types(values.dtype, torch.float32))
+    with torch.autocast(values.device.type, enabled=False):  # a backward pass may run inside of it
+        return numbers_of(values)
+
+
+def numbers_of(values: Tensor) -> Tensor:
     n = len(values) // COLUMNS
     rows, rest = values[: n * COLUMNS].view(n, COLUMNS), values[n * COLUMNS :]
     across = direction(COLUMNS, values.dtype, values.device)

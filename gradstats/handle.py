@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gradstats.clipping import clip, recognise
 from gradstats.errors import GradstatsError, LifetimeError, MissingStatistic
-from gradstats.gradient import Left, fresh, state_of
+from gradstats.gradient import Left, fresh
 from gradstats.loss_scale import LossScale, includes
 from gradstats.reading import Readable, keys
 from gradstats.statistics import STATISTICS, Wanted, statistic_of
@@ -227,16 +227,13 @@ class Handle(Readable):
         name = self.name_of(key)
         left, parameter = self.left(name), self.parameter(name)
         assert parameter is not None
-        if left is None or parameter.grad is None:
-            return False
-        return state_of(parameter.grad)[0] != left.state[0]
+        return left is not None and parameter.grad is not None and left.tensor() is not parameter.grad
 
-    def zeroed(self, key: str | Tensor) -> bool:
-        """Whether p.grad was zeroed in place since the last backward pass. Waits for the device if it was changed."""
-        name = self.name_of(key)
-        left, parameter = self.left(name), self.parameter(name)
-        assert parameter is not None
-        return left is not None and fresh(parameter.grad, left.known)
+    def zeroed(self) -> bool:
+        """Whether all gradients were zeroed in place since the last backward pass, so that there is no batch. Waits for
+        the device if they were changed."""
+        noted = [(p, self.left(name)) for name, p in self.parameters().items() if p.grad is not None and self.has(name)]
+        return bool(noted) and all(left is not None and fresh(p.grad, left.known) for p, left in noted)
 
     def factor(self, name: str) -> float:
         """By what p.grad was multiplied since the backward pass: 1, unless that was said or is followed.

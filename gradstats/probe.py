@@ -38,9 +38,11 @@ Layouts = tuple[Layout | None, ...]
 class Probe:
     """What a signature of calls of one module does with its parameters."""
 
-    def __init__(self, handle: FusedHandle, module: nn.Module, arguments: Arguments, round: int = 0):
+    def __init__(
+        self, handle: FusedHandle, module: nn.Module, arguments: Arguments, round: int = 0, within: bool = False
+    ):
         self.handle, self.module, self.arguments = handle, module, arguments
-        self.forwards = Forwards(handle, module, arguments)
+        self.forwards = Forwards(handle, module, arguments, within)
         self.round = self.forwards.seed = round  # other rows and random numbers in every round
         self.seconds = 0.0
         self.moves: dict[nn.Module, str] = {}  # modules that are to become vmap leaves, and why

@@ -121,15 +121,15 @@ class FusedHandle(Handle):
         kind = (module, module.training, signature(args, kwargs))
         calls = self.calls[kind] = self.calls.get(kind, 0) + 1
         if calls >= self.due.get(kind, 1):
-            self._probe(kind, args, kwargs)
+            self._probe(kind, args, kwargs, within=True)
 
-    def _probe(self, kind: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _probe(self, kind: Any, args: tuple, kwargs: dict[str, Any], within: bool = False) -> None:
         arguments = Arguments(args, kwargs, self.example_dims)
         ours = all(isinstance(p, nn.Parameter) for p in self.parameters().values())  # not under functional_call
         if arguments.count is None or not ours:
             return
         calls = self.due.get(kind, 1)
-        probe = Probe(self, kind[0], arguments, calls - 1)
+        probe = Probe(self, kind[0], arguments, calls - 1, within)
         with torch.compiler.set_stance("force_eager"):  # a part that is compiled by itself would not be seen
             probe.establish()
         self.due[kind] = 2 * calls

@@ -11,7 +11,17 @@ from torch import Tensor
 
 from gradstats.errors import GradstatsError
 from gradstats.optim.base import Age, ExampleOptimizer
-from gradstats.optim.moment import ESTIMATORS, SOURCES, Moment, combines, moment_of, moment_scalars, reads
+from gradstats.optim.moment import (
+    ESTIMATORS,
+    HINTS,
+    SOURCES,
+    Moment,
+    check_moment,
+    combines,
+    moment_of,
+    moment_scalars,
+    reads,
+)
 from gradstats.optim.update import Update, Values, moved
 from gradstats.units import average
 
@@ -104,6 +114,7 @@ class BatchInvariantAdam(ExampleOptimizer):
         "estimator": lambda estimator: estimator in ESTIMATORS,
         "denominator": lambda denominator: denominator in DENOMINATORS,
     }
+    hints = HINTS | {"denominator": f": one of {DENOMINATORS}"}
 
     def __init__(
         self,
@@ -162,6 +173,10 @@ class BatchInvariantAdam(ExampleOptimizer):
             raise GradstatsError(f"horizons are numbers of examples, at least 1; got {horizons}")
         betas = (1 - 1 / horizons[0], 1 - 1 / horizons[1])
         return cls(params, lr, betas, eps, weight_decay, 1, reference_batch_size, **options)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        super().check(group)
+        check_moment(group)
 
     def statistics(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("second_moment",) if reads(group) else ()

@@ -78,6 +78,8 @@ class ExampleOptimizer(Optimizer):
         self.compiled = compiled
         self._schedules: list[Callable[[int], None]] = []  # called with B before every step
         super().__init__(params, options | {"examples": 0})
+        if isinstance(self.defaults["lr"], Tensor):  # the first group's is the user's, which changes
+            self.defaults["lr"] = self.defaults["lr"].clone()
         self._step_supports_amp_scaling = True
 
     # What a subclass gives
@@ -121,9 +123,15 @@ class ExampleOptimizer(Optimizer):
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raises: GradstatsError for options out of range."""
+        for name, default in self.defaults.items():
+            if isinstance(default, bool) and not isinstance(group[name], bool):
+                raise GradstatsError(f"{type(self).__name__}: {name} is True or False, not {group[name]!r}")
         for name, valid in (COMMON_CHECKS | dict(self.checks)).items():
             if name in group and not accepts(valid, group[name]):
-                raise GradstatsError(f"invalid {name} = {group[name]!r}{(HINTS | dict(self.hints)).get(name, '')}")
+                hint = (HINTS | dict(self.hints)).get(name, "")
+                if isinstance(group[name], str) and not hint:
+                    hint = ", which is text; YAML reads 1e-3 as text, and 1.0e-3 as a number"
+                raise GradstatsError(f"{type(self).__name__}: invalid {name} = {group[name]!r}{hint}")
 
     @property
     def examples(self) -> int:
@@ -168,10 +176,14 @@ class ExampleOptimizer(Optimizer):
         them. A step with lr = 0 before any backward only allocates state, as distributed checkpointing wants.
         """
         loss = None
+        if closure is not None and not callable(closure):
+            raise GradstatsError(
+                f"step takes a closure, not {closure!r}: the number of examples is step(batch_size=...)"
+            )
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise GradstatsError(f"batch_size is a number of examples, at least 1; got {batch_size!r}")
         loss_scale = self._loss_scale()
         if loss_scale is not None:
@@ -288,25 +300,50 @@ class ExampleOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the averages keep their own dtype: torch would cast float32 moments to a bfloat16
         parameter's."""
-        loaded: dict[str, Any] = {}  # what torch loads, once the user's own hooks have changed it
-        last = self.register_load_state_dict_pre_hook(lambda _, state: loaded.update(state))
+        loaded: dict[str, Any] = {}
+
+        def last(_: Optimizer, state: dict[str, Any]) -> None:
+            """What torch loads, once the user's own hooks have changed it."""
+            self._check_state(state)
+            loaded.update(state)
+
+        hook = self.register_load_state_dict_pre_hook(last)
         try:
             super().load_state_dict(state_dict)
         finally:
-            last.remove()
-        saved_ids = [i for group in loaded["param_groups"] for i in group["params"]]
-        parameters = [(p, group) for group in self.param_groups for p in group["params"]]
-        for i, (p, group) in zip(saved_ids, parameters, strict=True):
+            hook.remove()
+        for i, (p, group) in zip(saved_ids(loaded), self._parameters(), strict=True):
             on_cpu = self.update(group, math.inf, {}).numbers  # which decide scalars, as ages do
             for key, value in loaded["state"].get(i, {}).items():
                 if key.endswith("step") or key in on_cpu:
                     self.state[p][key] = value.detach().clone().to("cpu")
                 elif isinstance(value, Tensor):
-                    shaped = value.shape == p.shape
-                    like = torch.empty_like(p if shaped else value, dtype=value.dtype, device=p.device)
-                    self.state[p][key] = like.copy_(value)
+                    like = p if value.shape == p.shape else value
+                    self.state[p][key] = torch.empty_like(like, dtype=value.dtype, device=p.device).copy_(value)
         for group in self.param_groups:
             self.check(group)
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raises: GradstatsError for the state of another kind of optimizer, or of other parameters."""
+        if any("batch_size" not in group for group in state["param_groups"]):
+            raise GradstatsError(
+                "this state is of an optimizer that does not count examples: load it into one of its own kind, and "
+                "convert that, gradstats.optim.from_torch(optimizer, batch_size)"
+            )
+        for i, (p, _) in zip(saved_ids(state), self._parameters(), strict=False):
+            for key, value in state["state"].get(i, {}).items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.shape != p.shape:
+                    raise GradstatsError(
+                        f"{key!r} {tuple(value.shape)} was saved for another parameter than one of shape "
+                        f"{tuple(p.shape)}: parameters are told apart by their order"
+                    )
+
+    def _parameters(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [(p, group) for group in self.param_groups for p in group["params"]]
+
+
+def saved_ids(state: dict[str, Any]) -> list[int]:
+    return [i for group in state["param_groups"] for i in group["params"]]
 
 
 def clip_factors(parts: Iterable[Part], bounds: Iterable[float]) -> dict[float | None, Tensor]:

@@ -42,7 +42,8 @@ class ScheduledBatchSampler(Sampler[list[Any]]):
 
     A DataLoader with workers draws num_workers * prefetch_factor batches ahead of training, and Accelerate one. They
     have the size that was right when they were drawn, so that an adaptive batch size follows that many batches late;
-    the optimizer counts what it gets. Checkpoints must not count them as trained on: state_dict(optimizer.examples).
+    the optimizer counts what it gets. Checkpoints must not count them as trained on: state_dict(optimizer.examples),
+    with the examples of steps that a GradScaler skipped added, since the optimizer does not count these.
     """
 
     def __init__(self, sampler: Iterable[Any], batch_size: int | BatchSizeSchedule, drop_last: bool = False):

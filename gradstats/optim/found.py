@@ -31,11 +31,10 @@ class Found(NamedTuple):
 
 def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
     """All that a step moves; `batch_size` is what it was told. Raises: MissingStatistic, LifetimeError."""
-    if zeroed(optimizer):
-        return []
     found: list[Found] = []
     alone: list[tuple[int, Tensor, State]] = []
     sizes: dict[Handle, int] = {}
+    zeroed: dict[Handle, bool] = {}
     for index, group in enumerate(optimizer.param_groups):
         reads = tuple(STATISTICS[name][0] for name in optimizer.statistics(group))
         needs_gradient = optimizer.needs_gradient(group)
@@ -47,9 +46,14 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
                 state["step"] = torch.tensor(0)  # on the CPU, since it decides scalars of the step
                 allocate(p, state, optimizer.update(group, math.inf, state))  # what every batch needs
             handle = handle_of(p)
-            if handle is None and not reads:
+            if not reads and (handle is None or handle.replaced(p)):
                 alone.append((index, p, state))
                 continue
+            if handle is not None:
+                if handle not in zeroed:
+                    zeroed[handle] = handle.zeroed()
+                if zeroed[handle]:
+                    continue
             try:
                 window = window_of(optimizer, handle, p, reads, needs_gradient)
             except MissingStatistic:
@@ -65,17 +69,6 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
                 )
             found.append(Found(index, p, state, window))
     return found + without_statistics(optimizer, alone, found, batch_size)
-
-
-def zeroed(optimizer: ExampleOptimizer) -> bool:
-    """Whether all gradients with statistics were zeroed in place: then these are older, and there is no batch."""
-    served = False
-    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-        if (handle := handle_of(p)) is not None:
-            served = True
-            if not handle.zeroed(p):
-                return False
-    return served
 
 
 def window_of(
@@ -136,10 +129,16 @@ def without_statistics(
 
 
 def allocate(p: Tensor, state: State, update: Update) -> None:
-    """What the update keeps of a parameter, and is not there yet."""
+    """What the update keeps of a parameter, and is not there yet. Raises: GradstatsError if it ought to be."""
     dtype = accumulation_dtype(p.dtype)
     for name in update.buffers:
         if name not in state:
+            if int(state["step"]) > 0 and name not in update.younger:
+                raise GradstatsError(
+                    f"the state of a parameter of shape {tuple(p.shape)} has no {name!r} after {int(state['step'])} "
+                    f"examples: it is another optimizer's, or one of its options changed what it keeps. Start with a "
+                    f"new optimizer"
+                )
             state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         elif state[name].dtype != dtype:  # the model was converted
             state[name] = state[name].to(dtype)

@@ -29,12 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradstats.errors import GradstatsError
 from gradstats.optim.update import Values, moved
 from gradstats.statistics import reference_weight
 from gradstats.units import Average
 
 SOURCES = ("second_moment", "variance", "mean_square", "squared_batch_mean")
 ESTIMATORS = ("running_average", "previous", "in_batch")
+HINTS = {"source": f": one of {SOURCES}", "estimator": f": one of {ESTIMATORS}"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,12 @@ class Moment:
         if self.infinite:
             return torch.maximum(s, x.exp_avg.square())
         return s.clamp(min=0) if self.signed else s
+
+
+def check_moment(group: Mapping[str, Any]) -> None:
+    """Raises: GradstatsError for a second moment that is 0 whatever the gradients."""
+    if group["source"] == "variance" and group["reference_batch_size"] == math.inf:
+        raise GradstatsError("source='variance' is sigma^2/R, which is 0 for R = inf: give a finite R")
 
 
 def reference_of(group: Mapping[str, Any]) -> float:

@@ -4,8 +4,8 @@ From a batch of B examples with mean gradient m and second moment q, unbiased fo
 
     mu2 = m^2 - s2/B        sigma2 = q - mu2        that is s2, the variance of the batch
 
-One example has no variance. For B = 1, mu2 = m m~, the product with the running average before it, without its start at zero,
-and 0 where there is none: all is noise then.
+One example has no variance. For B = 1, mu2 = m m~, the product with the running average before it, without that one's
+start at zero, and 0 where there is none: all is noise then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class ScaledUpdate(Update):
         """m~ of the other before max_norm; m where it keeps none."""
         if self.bounded is None:
             return x.m / vars(k).get("clip", 1.0)
-        return getattr(x, self.bounded) * (vars(k).get("bounded_scale", 1.0) / vars(k).get("clip", 1.0))
+        return getattr(x, self.bounded) * vars(k).get("bounded_scale", 1.0)
 
     def split(self, x: Values, k: Values) -> tuple[Tensor, Tensor]:
         """mu2 and sigma2."""
@@ -103,6 +103,11 @@ class NoiseScaled(ExampleOptimizer):
             for name, value in noise_options.items():
                 group.setdefault(name, value)
             self.check(group)
+
+    @classmethod
+    def in_examples(cls, params: Any, *args: Any, noise_horizon: float = 25_600, **options: Any) -> Self:
+        """As the optimizer's own, with the horizon of the averages of noise in examples too."""
+        return super().in_examples(params, *args, noise_beta=1 - 1 / noise_horizon, **options)  # type: ignore[misc]
 
     @abstractmethod
     def scaled(self, group: Mapping[str, Any], inner: Update, single: bool) -> ScaledUpdate:

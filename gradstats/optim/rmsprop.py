@@ -13,8 +13,10 @@ from gradstats.errors import GradstatsError
 from gradstats.optim.base import Age, ExampleOptimizer
 from gradstats.optim.moment import (
     ESTIMATORS,
+    HINTS,
     SOURCES,
     Moment,
+    check_moment,
     combines,
     moment_of,
     moment_scalars,
@@ -134,7 +136,7 @@ class BatchInvariantRMSprop(ExampleOptimizer):
         "estimator": lambda estimator: estimator in ESTIMATORS,
         "exponent": lambda exponent: exponent in (0.5, 1),
     }
-    hints = {"exponent": ": 0.5 or 1"}
+    hints = HINTS | {"exponent": ": 0.5 or 1"}
 
     def __init__(
         self,
@@ -205,6 +207,7 @@ class BatchInvariantRMSprop(ExampleOptimizer):
 
     def check(self, group: Mapping[str, Any]) -> None:
         super().check(group)
+        check_moment(group)
         if group["centered"] and (group["source"] == "variance" or reference_of(group) == math.inf):
             raise GradstatsError(
                 "centered=True subtracts the squared mean, which source='variance' has not and R = inf is nothing but: "

@@ -187,6 +187,11 @@ class ExampleLR(LRScheduler):
                 f"itself, before a trainer wraps it, or use torch's LambdaLR(optimizer, lambda step: "
                 f"schedule.mean(step * B, (step + 1) * B)) with a constant batch size B"
             )
+        if not isinstance(schedule, Schedule):
+            raise GradstatsError(
+                f"ExampleLR follows a Schedule, not {schedule!r}: Warmup(10_000).then(Cosine(1_000_000)), or a subclass "
+                f"of your own with its integral"
+            )
         self.schedule = schedule
         self._follow(optimizer)
         super().__init__(optimizer)
@@ -240,5 +245,7 @@ class ExampleLR(LRScheduler):
 
     def _follow(self, optimizer: ExampleOptimizer) -> None:
         if any(isinstance(schedule, ExampleLR) for schedule in optimizer._schedules):
-            raise GradstatsError("the optimizer follows a schedule already: compose schedules with then()")
+            raise GradstatsError(
+                "the optimizer follows a schedule already: compose schedules with then(), or make the optimizer anew"
+            )
         optimizer._schedules.append(self)

@@ -53,7 +53,7 @@ class SGDUpdate(Update):
             return k.step * x.m
         average = x.exp_avg if self.kept == "exp_avg" else k.bounded_scale * x.momentum_buffer
         if self.nesterov:
-            average = k.momentum * average + (1 - k.momentum) * k.clip * x.m
+            average = k.momentum * average + (1 - k.momentum) * x.m
         return k.step * average
 
 
@@ -181,7 +181,7 @@ class BatchInvariantSGD(ExampleOptimizer):
         momentum, dampening, k = group["momentum"], group["dampening"], age.batch_size / group["batch_size"]
         if update.kept is None:
             return {"step": k * group["lr"]}
-        step = {"step": k * (1 - dampening) / (1 - momentum) * group["lr"], "momentum": momentum, "clip": 1.0}
+        step = {"step": k * (1 - dampening) / (1 - momentum) * group["lr"], "momentum": momentum}
         if update.kept == "exp_avg":
             return step | {"w": average(group["average"], momentum, tuned).weight(b, e)}
         spared = min(b, max(tuned - (e - b), 0)) / tuned

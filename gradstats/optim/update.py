@@ -116,8 +116,9 @@ class Update(ABC):
         if phase != "move":
             new = self.averages(x, k)
             x |= new | {"before": x}
-        elif self.bounded is not None:
-            x |= {self.bounded: vars(x)[self.bounded] * k.clip}
         if phase != "averages":
-            new["parameter"] = p * k.decay - self.change(x, k)
+            change = self.change(x, k)
+            if phase == "move" and self.bounded is not None:  # not the buffer, which may be in the denominator too
+                change = change * k.clip
+            new["parameter"] = p * k.decay - change
         return new

@@ -295,3 +295,15 @@ def test_unscaled_without_naming_the_scaler_is_refused(change):
     change(model, scaler, optimizer)
     with pytest.raises(gradstats.LifetimeError, match="grad_scaler=scaler"):
         stats.variance["0.weight"]
+
+
+def test_autocast_around_the_forward_is_left_as_it_was():
+    """Accelerate's: one autocast object on the instance's forward, which a probe within the call would enter twice."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    stats = attach(model)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.randn(5, 3)).float().square().mean().backward()
+        assert not torch.is_autocast_enabled("cpu")
+    assert stats.second_moment["0.weight"].dtype == torch.float32

@@ -6,7 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from gradstats import GradstatsError, MissingStatistic, attach
-from gradstats.optim import BatchInvariantAdam, BatchInvariantLion, BatchInvariantSGD
+from gradstats.optim import (
+    BatchInvariantAdam,
+    BatchInvariantLion,
+    BatchInvariantRMSprop,
+    BatchInvariantSGD,
+    SaturatingSGD,
+)
 from tests.gradstats.optim.problem import problem, train, vector
 
 CLASSIC = {"lr": 0.01, "batch_size": 16, "source": "squared_batch_mean"}
@@ -56,7 +62,7 @@ def test_statistics_of_nothing_are_no_batch_of_none():
     model.zero_grad()
     model[3](torch.ones(4, 8, dtype=x.dtype)).sum().backward()
     model[0].weight.grad = torch.ones_like(model[0].weight)
-    with pytest.raises(MissingStatistic, match="'0.weight' is another tensor"):
+    with pytest.raises(MissingStatistic, match="batch size behind the gradient"):
         optimizer.step()
 
 
@@ -166,7 +172,7 @@ def test_stale_statistics(kind):
     assert torch.equal(before, vector(model)) and optimizer.examples == 8
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.raises(MissingStatistic, match=r"'0.weight' is another tensor.*backpropagate"):
+    with pytest.raises(MissingStatistic, match=r"backpropagate|step\(batch_size"):
         optimizer.step()
     assert torch.equal(before, vector(model)) and optimizer.examples == 8
 
@@ -243,3 +249,121 @@ def test_options_that_an_optimizer_has_not_are_not_read():
     assert torch.equal(
         a, train(plain, BatchInvariantLion(plain.parameters(), batch_size=8), x, y, [8, 8], batch_size=8)
     )
+
+
+def test_a_head_goes_on_while_the_attached_body_stands_still():
+    model, x, y = problem()
+    body, head = model[:3], model[3]
+    attach(body)
+    optimizer = BatchInvariantSGD([*body.parameters(), *head.parameters()], lr=0.1, batch_size=8)
+    F.cross_entropy(head(body(x[:8])), y[:8]).backward()
+    optimizer.step()
+    before = vector(head), vector(body)
+    optimizer.zero_grad(set_to_none=False)
+    with torch.no_grad():
+        features = body(x[:8])
+    F.cross_entropy(head(features), y[:8]).backward()
+    optimizer.step(batch_size=8)
+    assert not torch.equal(before[0], vector(head)) and torch.equal(before[1], vector(body))
+
+
+def test_a_model_whose_gradients_were_zeroed_stands_still_beside_another():
+    models = [problem()[0] for _ in range(2)]
+    _, x, y = problem()
+    for model in models:
+        attach(model)
+    optimizer = BatchInvariantAdam([p for model in models for p in model.parameters()], reference_batch_size=1)
+    sum(F.cross_entropy(model(x[:8]), y[:8]) for model in models).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    before = [vector(model) for model in models]
+    F.cross_entropy(models[0](x[:8]), y[:8]).backward()
+    optimizer.step()
+    assert [torch.equal(vector(model), p) for model, p in zip(models, before, strict=True)] == [False, True]
+
+
+def test_states_of_others_are_refused():
+    model, x, y = problem()
+    F.cross_entropy(model(x), y).backward()
+    theirs = torch.optim.Adam(model.parameters())
+    theirs.step()
+    optimizer = BatchInvariantAdam(model.parameters())
+    with pytest.raises(GradstatsError, match=r"does not count examples.*from_torch"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert not optimizer.state
+    a, b = (nn.Parameter(torch.zeros(shape)) for shape in ((4, 5), (5, 4)))
+    saved = BatchInvariantSGD([a, b], momentum=0.9)
+    for p in (a, b):
+        p.grad = torch.ones_like(p)
+    saved.step(batch_size=1)
+    with pytest.raises(GradstatsError, match=r"'momentum_buffer' \(4, 5\).*shape \(5, 4\).*order"):
+        BatchInvariantSGD([b, a], momentum=0.9).load_state_dict(saved.state_dict())
+
+
+def test_what_an_option_makes_it_keep_cannot_be_made_up():
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = BatchInvariantSGD([p], average="debiased_ewma")
+    p.grad = torch.ones_like(p)
+    optimizer.step(batch_size=4)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(GradstatsError, match=r"no 'exp_avg' after 4 examples"):
+        optimizer.step(batch_size=4)
+
+
+def test_a_gradient_at_a_used_address_is_another():
+    for _ in range(50):
+        p = nn.Linear(4, 3, bias=False)
+        attach(p)
+        optimizer = BatchInvariantAdam(p.parameters(), reference_batch_size=1)
+        x = torch.randn(8, 4)
+        p(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        (p.weight.grad,) = torch.autograd.grad(1000 * p(x).square().mean(), [p.weight])
+        with pytest.raises(MissingStatistic, match="another tensor"):
+            optimizer.step()
+
+
+def test_a_group_added_later_has_the_tensor_lr_of_the_start():
+    lr = torch.tensor(0.1)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = BatchInvariantSGD(model[0].parameters(), lr=lr)
+    lr.fill_(0.5)
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5, pytest.approx(0.1)]
+
+
+def test_max_norm_bounds_the_step_where_the_average_is_its_own_floor():
+    """R = inf: m~ is in the numerator and in the denominator."""
+    model, x, y = problem()
+    before = vector(model)
+    attach(model)
+    options = {"lr": 0.1, "batch_size": 8, "reference_batch_size": float("inf")}
+    after = train(model, BatchInvariantAdam(model.parameters(), max_norm=1e-6, **options), x, y, [8, 8])
+    free, _, _ = problem()
+    attach(free)
+    unbounded = train(free, BatchInvariantAdam(free.parameters(), **options), x, y, [8, 8])
+    assert (after - before).norm() < 1e-4 * (unbounded - before).norm()
+
+
+def test_a_variance_of_infinite_batches_is_refused():
+    for kind in (BatchInvariantAdam, BatchInvariantRMSprop):
+        with pytest.raises(GradstatsError, match="finite R"):
+            kind(nn.Linear(2, 2).parameters(), source="variance", reference_batch_size=float("inf"))
+
+
+def test_noise_has_a_horizon_in_examples():
+    optimizer = SaturatingSGD.in_examples(nn.Linear(2, 2).parameters(), lr=0.1, noise_horizon=1000)
+    assert optimizer.param_groups[0]["noise_beta"] == 1 - 1 / 1000
+
+
+def test_options_as_text_say_so():
+    p = nn.Linear(2, 2).parameters
+    with pytest.raises(GradstatsError, match=r"BatchInvariantAdam: invalid lr = '1e-3', which is text"):
+        BatchInvariantAdam(p(), lr="1e-3")
+    with pytest.raises(GradstatsError, match=r"maximize is True or False, not 'false'"):
+        BatchInvariantAdam(p(), maximize="false")
+    with pytest.raises(GradstatsError, match=r"invalid source = 'second_moments': one of"):
+        BatchInvariantAdam(p(), source="second_moments")
+    with pytest.raises(GradstatsError, match=r"step\(batch_size=\.\.\.\)"):
+        BatchInvariantSGD(p()).step(16)
