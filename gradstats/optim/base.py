@@ -123,9 +123,6 @@ class ExampleOptimizer(Optimizer):
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raises: GradstatsError for options out of range."""
-        for name, default in self.defaults.items():
-            if isinstance(default, bool) and not isinstance(group[name], bool):
-                raise GradstatsError(f"{type(self).__name__}: {name} is True or False, not {group[name]!r}")
         for name, valid in (COMMON_CHECKS | dict(self.checks)).items():
             if name in group and not accepts(valid, group[name]):
                 hint = (HINTS | dict(self.hints)).get(name, "")
@@ -391,4 +388,6 @@ COMMON_CHECKS: dict[str, Callable[[Any], bool]] = {
     "max_norm": lambda bound: bound is None or bound > 0,
     "average": lambda kind: kind in AVERAGES,
 }
-HINTS = {"average": f": one of {AVERAGES}"}
+YES_OR_NO = ("maximize", "decoupled_weight_decay", "amsgrad", "nesterov", "centered", "eps_inside")
+COMMON_CHECKS |= {name: lambda value: isinstance(value, bool) for name in YES_OR_NO}
+HINTS = {"average": f": one of {AVERAGES}"} | {name: ": True or False" for name in YES_OR_NO}

@@ -189,8 +189,8 @@ class ExampleLR(LRScheduler):
             )
         if not isinstance(schedule, Schedule):
             raise GradstatsError(
-                f"ExampleLR follows a Schedule, not {schedule!r}: Warmup(10_000).then(Cosine(1_000_000)), or a subclass "
-                f"of your own with its integral"
+                f"ExampleLR follows a Schedule, not {schedule!r}: Warmup(10_000).then(Cosine(1_000_000)), or a "
+                f"subclass of your own with its integral"
             )
         self.schedule = schedule
         self._follow(optimizer)
