@@ -28,7 +28,7 @@ def clip(handle: Handle, max_norm: float) -> Tensor:
     found = list(followed(handle))
     factors = []
     for name, gradient, left in found:
-        factor = handle.factor(name)
+        factor = handle.factor(name, parameters[name])
         if not left.fits(gradient):
             raise LifetimeError(
                 f"the gradient of '{name}' was changed after the backward pass, before stats.clip_grad_norm_: it no "

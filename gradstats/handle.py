@@ -175,6 +175,11 @@ class Handle(Readable):
         if self.loss_scale is not None and parameter.requires_grad:
             self.loss_scale.follow(parameter)
 
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether a parameter is known to be this handle's."""
+        known = self._names.get(id(parameter))
+        return known is not None and self.parameter(known) is parameter  # ids are given again
+
     def name_of(self, key: str | Tensor) -> str:
         """The full name of a parameter given by name or by itself. Raises: MissingStatistic."""
         if isinstance(key, str):
@@ -187,9 +192,8 @@ class Handle(Readable):
                     f"no parameter '{key}' in the attached model; its parameters are {list(self.parameters())}"
                 )
             return key
-        known = self._names.get(id(key))
-        if known is not None and self.parameter(known) is key:  # ids are given again
-            return known
+        if self.owns(key):
+            return self._names[id(key)]
         for name, p in self.parameters().items():
             if p is key:
                 return name
@@ -209,11 +213,11 @@ class Handle(Readable):
                 way_out = f"attach(model, {entries[0]!r}, ...)" if entries else "give its statistic to attach"
                 raise MissingStatistic(f"{(entries or [need])[0]!r} was not collected: {way_out}")
         sums, size = self.sums(name, needs)
-        parameter = self.parameter(name)
+        parameter = self.parameter(name) if isinstance(key, str) else key
         assert parameter is not None
-        factor = self.factor(name) if needs or needs_gradient else 1.0
-        gradient, left = parameter.grad if needs_gradient else None, self.left(name)
-        if gradient is not None and not (left is not None and left.fits(gradient)):
+        factor = self.factor(name, parameter) if needs or needs_gradient else 1.0
+        gradient = parameter.grad if needs_gradient else None
+        if gradient is not None and not ((left := self.left(name)) is not None and left.fits(gradient)):
             raise LifetimeError(
                 f"the gradient of '{name}' was changed in place after the backward pass (clipping, unscaling), so it "
                 f"no longer fits the squares. Clip with the optimizer's max_norm or stats.clip_grad_norm_(max_norm); "
@@ -222,26 +226,29 @@ class Handle(Readable):
             )
         return Window(sums, gradient, size, self.loss_reduction, parameter.numel(), factor=factor)
 
-    def replaced(self, key: str | Tensor) -> bool:
+    def replaced(self, parameter: Tensor) -> bool:
         """Whether p.grad is another tensor than the last backward pass left."""
-        name = self.name_of(key)
-        left, parameter = self.left(name), self.parameter(name)
-        assert parameter is not None
+        left = self.left(self.name_of(parameter))
         return left is not None and parameter.grad is not None and left.tensor() is not parameter.grad
 
     def zeroed(self) -> bool:
         """Whether all gradients were zeroed in place since the last backward pass, so that there is no batch. Waits for
         the device if they were changed."""
-        noted = [(p, self.left(name)) for name, p in self.parameters().items() if p.grad is not None and self.has(name)]
-        return bool(noted) and all(left is not None and fresh(p.grad, left.known) for p, left in noted)
+        noted = False
+        for name, p in self.parameters().items():
+            if p.grad is not None and self.has(name):
+                noted, left = True, self.left(name)
+                if left is None or not fresh(p.grad, left.known):
+                    return False
+        return noted
 
-    def factor(self, name: str) -> float:
+    def factor(self, name: str, parameter: Tensor) -> float:
         """By what p.grad was multiplied since the backward pass: 1, unless that was said or is followed.
 
         Raises: LifetimeError if it cannot be told.
         """
-        left, parameter = self.left(name), self.parameter(name)
-        if left is None or parameter is None:
+        left = self.left(name)
+        if left is None:
             return 1.0
         if self.follows_clipping:
             if not left.fits(parameter.grad):
@@ -265,10 +272,12 @@ class Handle(Readable):
         parameter = self.parameter(name)
         assert parameter is not None
         scale = of_gradient = self.loss_scale.of_squares(name, parameter)
-        if unscaled and window.factor == 1:
+        if unscaled:
+            if window.factor != 1:
+                return window  # its factor brings sums to these units
             of_gradient = 1.0
-        elif unscaled or window.gradient is not None:
+        elif window.gradient is not None:
             of_gradient = self.loss_scale.of_gradient(name, parameter, window.factor)
         if of_gradient == scale and includes(window.factor, scale):
-            return window  # its factor brings sums to these units
+            return window
         return replace(window, loss_scale=scale, gradient_scale=of_gradient)

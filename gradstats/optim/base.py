@@ -229,8 +229,10 @@ class ExampleOptimizer(Optimizer):
                 plans[choice] = update, update.reads, update.buffers, update.younger
             update, reads, buffers, younger = plans[choice]
             dtype = accumulation_dtype(p.dtype)
-            if any(name not in state or state[name].dtype != dtype for name in buffers):
+            kept: list[Tensor] = [state[name] for name in buffers if name in state]
+            if len(kept) < len(buffers) or any(t.dtype != dtype for t in kept):
                 allocate(p, state, update)
+                kept = [state[name] for name in buffers]
             seen = int(state["step"]) + b
             ages = tuple((name, int(state[f"{name}_step"]) + b) for name in younger)
             numbers = tuple(float(state[name]) for name in update.numbers)
@@ -245,7 +247,7 @@ class ExampleOptimizer(Optimizer):
             part.windows.append(window)
             part.states.append(state)
             gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
-            row = (p, gradient, *[window.sums[name] for name in reads], *[state[name] for name in buffers])
+            row = (p, gradient, *[window.sums[name] for name in reads], *kept)
             for column, tensor in zip(part.columns.values(), row, strict=True):
                 column.append(tensor)
         return list(parts.values())

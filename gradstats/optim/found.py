@@ -35,6 +35,7 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
     alone: list[tuple[int, Tensor, State]] = []
     sizes: dict[Handle, int] = {}
     zeroed: dict[Handle, bool] = {}
+    handle: Handle | None = None
     for index, group in enumerate(optimizer.param_groups):
         reads = tuple(STATISTICS[name][0] for name in optimizer.statistics(group))
         needs_gradient = optimizer.needs_gradient(group)
@@ -45,7 +46,8 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
             if not state:
                 state["step"] = torch.tensor(0)  # on the CPU, since it decides scalars of the step
                 allocate(p, state, optimizer.update(group, math.inf, state))  # what every batch needs
-            handle = handle_of(p)
+            if handle is None or not handle.owns(p):  # which is faster to tell
+                handle = handle_of(p)
             if not reads and (handle is None or handle.replaced(p)):
                 alone.append((index, p, state))
                 continue
