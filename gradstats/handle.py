@@ -183,15 +183,15 @@ class Handle(Readable):
     def name_of(self, key: str | Tensor) -> str:
         """The full name of a parameter given by name or by itself. Raises: MissingStatistic."""
         if isinstance(key, str):
+            if self.parameter(key) is not None:
+                return key
             if not self.parameters():
                 raise MissingStatistic(
                     "this handle is detached: its statistics are gone. attach(model) gives a new one"
                 )
-            if self.parameter(key) is None:
-                raise MissingStatistic(
-                    f"no parameter '{key}' in the attached model; its parameters are {list(self.parameters())}"
-                )
-            return key
+            raise MissingStatistic(
+                f"no parameter '{key}' in the attached model; its parameters are {list(self.parameters())}"
+            )
         if self.owns(key):
             return self._names[id(key)]
         for name, p in self.parameters().items():
@@ -228,7 +228,8 @@ class Handle(Readable):
 
     def replaced(self, parameter: Tensor) -> bool:
         """Whether p.grad is another tensor than the last backward pass left."""
-        left = self.left(self.name_of(parameter))
+        known = self._names.get(id(parameter))
+        left = None if known is None else self.left(known)
         return left is not None and parameter.grad is not None and left.tensor() is not parameter.grad
 
     def zeroed(self) -> bool:

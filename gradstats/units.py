@@ -26,6 +26,13 @@ def forgotten(rho: float, examples: float) -> float:
     return 1.0 if rho == 0 else -math.expm1(examples * math.log(rho))
 
 
+def decay_of(horizon: float) -> float:
+    """rho = 1 - 1/N per example, of an average that remembers N examples. Raises: GradstatsError for N below 1."""
+    if isinstance(horizon, str) or not horizon >= 1:
+        raise GradstatsError(f"horizons are numbers of examples, at least 1; got {horizon!r}")
+    return 1 - 1 / horizon
+
+
 class Average(ABC):
     """A running average in examples."""
 

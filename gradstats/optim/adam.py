@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gradstats.errors import GradstatsError
 from gradstats.optim.base import Age, ExampleOptimizer
 from gradstats.optim.moment import (
     ESTIMATORS,
@@ -23,7 +22,7 @@ from gradstats.optim.moment import (
     reads,
 )
 from gradstats.optim.update import Update, Values, moved
-from gradstats.units import average
+from gradstats.units import average, decay_of
 
 DENOMINATORS = ("adam", "slides")
 
@@ -169,9 +168,7 @@ class BatchInvariantAdam(ExampleOptimizer):
 
         The same as values tuned at batch size 1 with betas = 1 - 1/N; `options` are those of the class.
         """
-        if not all(n >= 1 for n in horizons):
-            raise GradstatsError(f"horizons are numbers of examples, at least 1; got {horizons}")
-        betas = (1 - 1 / horizons[0], 1 - 1 / horizons[1])
+        betas = decay_of(horizons[0]), decay_of(horizons[1])
         return cls(params, lr, betas, eps, weight_decay, 1, reference_batch_size, **options)
 
     def check(self, group: Mapping[str, Any]) -> None:

@@ -27,8 +27,6 @@ Kernel = Callable[[Row], Any]  # updates what it writes in place
 # costs.
 BLOCK = {"cpu": 1 << 15}
 ELSEWHERE = 1 << 24
-# Below this a call costs more than copying the tensor to others and back.
-SMALL = 1 << 11
 # From this many elements on, compiling (seconds, once) is worth it without being asked for.
 WORTH_COMPILING = 1 << 20
 
@@ -40,8 +38,9 @@ def run(update: Update, phase: Phase, columns: Columns, scalars: Mapping[str, An
     plain = plain_kernel(update, phase, names, scalars)
     kernel = (compiled_kernel(update, phase, columns, scalars) if compiled else None) or plain
     device = columns["parameter"][0].device.type
-    largest = ELSEWHERE if kernel is not plain else BLOCK.get(device, ELSEWHERE)
-    alone = SMALL if kernel is not plain else largest
+    largest = BLOCK.get(device, ELSEWHERE)
+    # A compiled kernel's call costs less than copying small tensors together and back.
+    alone, largest = (largest, largest) if kernel is plain else (0, ELSEWHERE)
     together: list[Row] = []
     size = 0
     for row in zip(*columns.values(), strict=True):

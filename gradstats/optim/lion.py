@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from gradstats.optim.base import Age, ExampleOptimizer
 from gradstats.optim.update import Update, Values, moved
-from gradstats.units import average, forgotten
+from gradstats.units import average, decay_of, forgotten
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,14 @@ class BatchInvariantLion(ExampleOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, options, compiled)
+
+    @classmethod
+    def in_examples(
+        cls, params: Any, lr: float | Tensor = 4e-7, horizons: tuple[float, float] = (2560, 25_600), **options: Any
+    ) -> Self:
+        """lr an example, and horizons of N examples. The same as values tuned at batch size 1 with betas 1 - 1/N;
+        `options` are those of the class."""
+        return cls(params, lr, (decay_of(horizons[0]), decay_of(horizons[1])), batch_size=1, **options)
 
     def update(self, group: Mapping[str, Any], batch_size: float, state: Mapping[str, Any]) -> LionUpdate:
         return LionUpdate()

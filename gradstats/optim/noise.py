@@ -22,7 +22,7 @@ from torch import Tensor
 from gradstats.optim.base import Age, ExampleOptimizer
 from gradstats.optim.update import Update, Values
 from gradstats.statistics import reference_weight
-from gradstats.units import average, forgotten
+from gradstats.units import average, decay_of, forgotten
 
 
 def noise_scalars(b: int, e: int, beta: float, batch_size: float) -> dict[str, float]:
@@ -107,7 +107,7 @@ class NoiseScaled(ExampleOptimizer):
     @classmethod
     def in_examples(cls, params: Any, *args: Any, noise_horizon: float = 25_600, **options: Any) -> Self:
         """As the optimizer's own, with the horizon of the averages of noise in examples too."""
-        return super().in_examples(params, *args, noise_beta=1 - 1 / noise_horizon, **options)  # type: ignore[misc]
+        return super().in_examples(params, *args, noise_beta=decay_of(noise_horizon), **options)  # type: ignore[misc]
 
     @abstractmethod
     def scaled(self, group: Mapping[str, Any], inner: Update, single: bool) -> ScaledUpdate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from gradstats.optim.base import Age, ExampleOptimizer
 from gradstats.optim.noise import noise_scalars, split
 from gradstats.optim.update import Update, Values, moved
+from gradstats.units import decay_of
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,12 @@ class QuenchingSGD(ExampleOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, options, compiled)
+
+    @classmethod
+    def in_examples(cls, params: Any, lr: float | Tensor = 4e-5, noise_horizon: float = 25_600, **options: Any) -> Self:
+        """lr an example, and a horizon of N examples for the noise. The same as values tuned at batch size 1 with
+        noise_beta 1 - 1/N; `options` are those of the class."""
+        return cls(params, lr, batch_size=1, noise_beta=decay_of(noise_horizon), **options)
 
     def statistics(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return QuenchingUpdate.statistics

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
 from gradstats.optim.base import Age, ExampleOptimizer
 from gradstats.optim.update import Update, Values, moved
-from gradstats.units import average
+from gradstats.units import average, decay_of
 
 PLACEMENTS = ("running_average", "batch", "example")
 
@@ -96,6 +96,12 @@ class BatchInvariantSignSGD(ExampleOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, options, compiled)
+
+    @classmethod
+    def in_examples(cls, params: Any, lr: float | Tensor = 4e-7, horizon: float = 2560, **options: Any) -> Self:
+        """lr an example, and a horizon of N examples. The same as values tuned at batch size 1 with momentum 1 - 1/N;
+        `options` are those of the class."""
+        return cls(params, lr, decay_of(horizon), batch_size=1, **options)
 
     def statistics(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("sign_mean",) if group["placement"] == "example" else ()

@@ -11,6 +11,8 @@ from gradstats.optim import (
     BatchInvariantLion,
     BatchInvariantRMSprop,
     BatchInvariantSGD,
+    BatchInvariantSignSGD,
+    QuenchingSGD,
     SaturatingSGD,
 )
 from tests.gradstats.optim.problem import problem, train, vector
@@ -367,3 +369,27 @@ def test_options_as_text_say_so():
         BatchInvariantAdam(p(), source="second_moments")
     with pytest.raises(GradstatsError, match=r"step\(batch_size=\.\.\.\)"):
         BatchInvariantSGD(p()).step(16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "horizons", "tuned"),
+    [
+        (BatchInvariantSignSGD, {"horizon": 100}, {"momentum": 0.99}),
+        (BatchInvariantLion, {"horizons": (10, 100)}, {"betas": (0.9, 0.99)}),
+        (QuenchingSGD, {"noise_horizon": 100}, {"noise_beta": 0.99}),
+    ],
+)
+def test_in_examples_is_the_tuning_at_batch_size_one(kind, horizons, tuned):
+    results = []
+    for make in (
+        lambda ps: kind.in_examples(ps, lr=1e-3, **horizons),
+        lambda ps: kind(ps, 1e-3, batch_size=1, **tuned),
+    ):
+        model, x, y = problem()
+        attach(model)
+        results.append(train(model, make(model.parameters()), x, y, [16, 1, 64]))
+    assert torch.equal(*results)
+    with pytest.raises(GradstatsError, match="horizons are numbers"):
+        kind.in_examples(
+            nn.Linear(1, 1).parameters(), **{name: ("2560", 1) if name == "horizons" else 0.5 for name in horizons}
+        )

@@ -55,7 +55,6 @@ def check(found, compiled=False, phases=("both",), scalars=SCALARS):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_any_shape_small_large_and_empty(compiled, monkeypatch):
     monkeypatch.setitem(elementwise.BLOCK, "cpu", 64)
-    monkeypatch.setattr(elementwise, "SMALL", 16)
     check(columns((3,), (), (0, 2), (200,), (5, 30), (4, 4), (64,), (65,), (1, 63)), compiled)
 
 
@@ -83,8 +82,7 @@ def test_joins_are_bounded(monkeypatch):
         lambda t: t.to(memory_format=torch.channels_last),
     ],
 )
-def test_layouts(change, compiled, monkeypatch):
-    monkeypatch.setattr(elementwise, "SMALL", 8)
+def test_layouts(change, compiled):
     check(columns((2, 3, 4, 5), (2, 2, 1, 3), change=change), compiled)
 
 
