@@ -38,7 +38,8 @@ class Left:
 
 def state_of(gradient: Tensor) -> State:
     """Address and version: a gradient that has both still was not changed by an operation of autograd's."""
-    return values_of(gradient).data_ptr(), gradient._version
+    values = gradient._values() if gradient.is_sparse else gradient
+    return values.data_ptr(), gradient._version
 
 
 def values_of(gradient: Tensor) -> Tensor:

@@ -207,14 +207,17 @@ class Handle(Readable):
         is needed and p.grad was changed since the backward pass.
         """
         name = self.name_of(key)
+        parameter = self.parameter(name) if isinstance(key, str) else key
+        assert parameter is not None
+        return self._window(name, parameter, needs, needs_gradient)
+
+    def _window(self, name: str, parameter: Tensor, needs: Sequence[str], needs_gradient: bool) -> Window:
         for need in needs:
             if need not in self.needs:
                 entries = [entry for entry in STATISTICS if need in keys(STATISTICS[entry]())]
                 way_out = f"attach(model, {entries[0]!r}, ...)" if entries else "give its statistic to attach"
                 raise MissingStatistic(f"{(entries or [need])[0]!r} was not collected: {way_out}")
         sums, size = self.sums(name, needs)
-        parameter = self.parameter(name) if isinstance(key, str) else key
-        assert parameter is not None
         factor = self.factor(name, parameter) if needs or needs_gradient else 1.0
         gradient = parameter.grad if needs_gradient else None
         if gradient is not None and not ((left := self.left(name)) is not None and left.fits(gradient)):

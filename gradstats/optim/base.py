@@ -220,23 +220,24 @@ class ExampleOptimizer(Optimizer):
 
     def _parts(self, found: list[Found], loss_scale: float) -> list[Part]:
         parts: dict[tuple[Any, ...], Part] = {}
-        plans: dict[tuple[Any, ...], tuple[Update, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {}
+        # An update's names are made anew when they are asked for: once for all parameters alike.
+        plans: dict[tuple[Any, ...], tuple[Update, tuple[tuple[str, ...], ...]]] = {}
         for index, p, state, window in found:
             group, b = self.param_groups[index], window.batch_size
             choice = (index, b, *state)
             if choice not in plans:
                 update = self.update(group, b, state)
-                plans[choice] = update, update.reads, update.buffers, update.younger
-            update, reads, buffers, younger = plans[choice]
+                plans[choice] = update, (update.reads, update.buffers, update.younger, update.numbers)
+            update, (reads, buffers, younger, numbers) = plans[choice]
             dtype = accumulation_dtype(p.dtype)
             kept: list[Tensor] = [state[name] for name in buffers if name in state]
             if len(kept) < len(buffers) or any(t.dtype != dtype for t in kept):
                 allocate(p, state, update)
                 kept = [state[name] for name in buffers]
             seen = int(state["step"]) + b
-            ages = tuple((name, int(state[f"{name}_step"]) + b) for name in younger)
-            numbers = tuple(float(state[name]) for name in update.numbers)
-            key = (choice, seen, ages, numbers, window.scale, window.loss_scale, p.device, p.dtype)
+            ages = tuple([(name, int(state[f"{name}_step"]) + b) for name in younger])
+            values = tuple([float(state[name]) for name in numbers])
+            key = (choice, seen, ages, values, window.scale, window.loss_scale, p.device, p.dtype)
             part = parts.get(key)
             if part is None:
                 age = Age(b, seen, ages)
