@@ -11,9 +11,6 @@ from torch import Tensor
 
 from gradstats.optim.base import Age, ExampleOptimizer
 from gradstats.optim.moment import (
-    ESTIMATORS,
-    HINTS,
-    SOURCES,
     Moment,
     check_moment,
     combines,
@@ -21,6 +18,7 @@ from gradstats.optim.moment import (
     moment_scalars,
     reads,
 )
+from gradstats.optim.options import one_of
 from gradstats.optim.update import Update, Values, moved
 from gradstats.units import average, decay_of
 
@@ -107,13 +105,7 @@ class BatchInvariantAdam(ExampleOptimizer):
     decoupled weight decay: Loshchilov & Hutter 2019, Algorithm 2; AMSGrad: Reddi et al. 2018, Algorithm 2.
     """
 
-    checks = {
-        "reference_batch_size": lambda r: r is None or r == "tuned" or (not isinstance(r, str) and r >= 1),
-        "source": lambda source: source in SOURCES,
-        "estimator": lambda estimator: estimator in ESTIMATORS,
-        "denominator": lambda denominator: denominator in DENOMINATORS,
-    }
-    hints = HINTS | {"denominator": f": one of {DENOMINATORS}"}
+    checks = {"denominator": one_of(DENOMINATORS)}
 
     def __init__(
         self,

@@ -81,8 +81,6 @@ class AdaScale(ExampleOptimizer):
     averages that are floored.
     """
 
-    checks = {"momentum": lambda momentum: 0 <= momentum < 1}
-
     def __init__(
         self,
         params: Any,

@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from gradstats.errors import GradstatsError
 from gradstats.optim.elementwise import WORTH_COMPILING, Columns, compiler, run
 from gradstats.optim.found import Found, allocate, find
+from gradstats.optim.options import Check, check_options
 from gradstats.optim.update import STATISTICS, Update
 from gradstats.sums import accumulation_dtype
-from gradstats.units import AVERAGES
 from gradstats.window import Window
 
 
@@ -70,9 +70,7 @@ class ExampleOptimizer(Optimizer):
     examples, as an integer; the groups' "examples" do for schedules.
     """
 
-    # Option: is it valid? Checked for every group; those of all optimizers are added.
-    checks: ClassVar[Mapping[str, Callable[[Any], bool]]] = {}
-    hints: ClassVar[Mapping[str, str]] = {}  # what the error about an option adds
+    checks: ClassVar[Mapping[str, Check]] = {}  # of options that no other optimizer has: options.py
 
     def __init__(self, params: Any, options: dict[str, Any], compiled: bool | None = None):
         self.compiled = compiled
@@ -123,12 +121,7 @@ class ExampleOptimizer(Optimizer):
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Raises: GradstatsError for options out of range."""
-        for name, valid in (COMMON_CHECKS | dict(self.checks)).items():
-            if name in group and not accepts(valid, group[name]):
-                hint = (HINTS | dict(self.hints)).get(name, "")
-                if isinstance(group[name], str) and not hint:
-                    hint = ", which is text; YAML reads 1e-3 as text, and 1.0e-3 as a number"
-                raise GradstatsError(f"{type(self).__name__}: invalid {name} = {group[name]!r}{hint}")
+        check_options(type(self), group)
 
     @property
     def examples(self) -> int:
@@ -361,36 +354,3 @@ def clip_factors(parts: Iterable[Part], bounds: Iterable[float]) -> dict[float |
 def wide_norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """Euclidean norms, in a dtype in which squares do not overflow."""
     return torch._foreach_norm(tensors, 2, accumulation_dtype(tensors[0].dtype))
-
-
-def accepts(valid: Callable[[Any], bool], value: Any) -> bool:
-    """Whether an option is in range; one of another type, such as the text that YAML reads in 1e-8, is not."""
-    try:
-        return bool(valid(value))
-    except (TypeError, ValueError):
-        return False
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_rate(lr: Any) -> bool:
-    """A tensor on a device is believed, since reading it would wait for the device at every step."""
-    if not isinstance(lr, Tensor):
-        return is_number(lr) and lr >= 0
-    return lr.numel() == 1 and (lr.device.type != "cpu" or 0 <= float(lr) < math.inf)
-
-
-COMMON_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "lr": is_rate,
-    "betas": lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
-    "eps": lambda eps: 0 <= eps < math.inf,
-    "weight_decay": lambda decay: is_number(decay) and decay >= 0,
-    "batch_size": lambda b: is_number(b) and b > 0,
-    "max_norm": lambda bound: bound is None or bound > 0,
-    "average": lambda kind: kind in AVERAGES,
-}
-YES_OR_NO = ("maximize", "decoupled_weight_decay", "amsgrad", "nesterov", "centered", "eps_inside")
-COMMON_CHECKS |= {name: lambda value: isinstance(value, bool) for name in YES_OR_NO}
-HINTS = {"average": f": one of {AVERAGES}"} | {name: ": True or False" for name in YES_OR_NO}

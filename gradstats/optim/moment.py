@@ -16,7 +16,7 @@ measurement: `python -m experiments.estimators`.
 
 Sources, other than mu^2 + sigma^2/R itself ("second_moment"): "variance" is sigma^2/R, "mean_square" is mu^2 (the same
 as R = inf), and "squared_batch_mean" m^2, which is ordinary Adam's and depends on B. The family of preconditioners is
-that of Roulet & Agarwala, arXiv:2510.00236, section 5.
+that of Roulet & Agarwala, arXiv:2510.00236.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from gradstats.units import Average
 
 SOURCES = ("second_moment", "variance", "mean_square", "squared_batch_mean")
 ESTIMATORS = ("running_average", "previous", "in_batch")
-HINTS = {"source": f": one of {SOURCES}", "estimator": f": one of {ESTIMATORS}"}
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,8 @@ class Moment:
     def averages(self, x: Values, k: Values) -> dict[str, Tensor]:
         """s, and what else is kept for it."""
         partner = x.m
-        if (
-            self.partner is not None
-        ):  # before the first batch there is no other: m^2, too large by sigma^2/B, and soon forgotten
+        if self.partner is not None:
+            # Before the first batch there is no other: m^2, too large by sigma^2/B, and soon forgotten.
             partner = k.unbias * getattr(x, self.partner) + k.first * x.m
         v = k.product * x.m * partner
         if self.reads:

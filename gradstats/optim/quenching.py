@@ -82,8 +82,6 @@ class QuenchingSGD(ExampleOptimizer):
         after the backward pass (clip with max_norm).
     """
 
-    checks = {"noise_beta": lambda beta: 0 <= beta < 1}
-
     def __init__(
         self,
         params: Any,

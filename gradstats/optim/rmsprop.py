@@ -12,9 +12,6 @@ from torch import Tensor, maximum
 from gradstats.errors import GradstatsError
 from gradstats.optim.base import Age, ExampleOptimizer
 from gradstats.optim.moment import (
-    ESTIMATORS,
-    HINTS,
-    SOURCES,
     Moment,
     check_moment,
     combines,
@@ -23,6 +20,7 @@ from gradstats.optim.moment import (
     reads,
     reference_of,
 )
+from gradstats.optim.options import one_of
 from gradstats.optim.sgd import heavy_ball
 from gradstats.optim.update import Update, Values, moved
 from gradstats.units import average
@@ -128,15 +126,7 @@ class BatchInvariantRMSprop(ExampleOptimizer):
     g/sigma^2: D. McAllester, TTIC 31230 lecture slides, "SGD, Momentum, RMSProp, Adam".
     """
 
-    checks = {
-        "alpha": lambda alpha: 0 <= alpha < 1,
-        "momentum": lambda momentum: 0 <= momentum < 1,
-        "reference_batch_size": lambda r: r is None or r == "tuned" or (not isinstance(r, str) and r >= 1),
-        "source": lambda source: source in SOURCES,
-        "estimator": lambda estimator: estimator in ESTIMATORS,
-        "exponent": lambda exponent: exponent in (0.5, 1),
-    }
-    hints = HINTS | {"exponent": ": 0.5 or 1"}
+    checks = {"exponent": one_of((0.5, 1))}
 
     def __init__(
         self,

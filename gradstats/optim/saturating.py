@@ -12,6 +12,7 @@ from torch import Tensor
 from gradstats.optim.adam import BatchInvariantAdam
 from gradstats.optim.base import Age, Part
 from gradstats.optim.noise import NoiseScaled, ScaledUpdate, share
+from gradstats.optim.options import Check, one_of
 from gradstats.optim.sgd import BatchInvariantSGD
 from gradstats.optim.update import Update, Values, moved
 from gradstats.sums import accumulation_dtype
@@ -55,12 +56,7 @@ class Saturating(NoiseScaled):
     """What both have in common. The running averages of |G|^2 and tr Sigma are kept parameter by parameter, as
     state["gradient_squared"] and state["trace"]; those of the model are their sums."""
 
-    checks = {
-        "noise_beta": lambda beta: 0 <= beta < 1,
-        "saturation": lambda k: k > 0,
-        "over": lambda over: over in EXTENTS,
-    }
-    hints = {"over": f": one of {EXTENTS}"}
+    checks = {"saturation": Check(lambda k: k > 0), "over": one_of(EXTENTS)}
 
     def __init__(
         self,
@@ -176,9 +172,6 @@ class SaturatingSGD(Saturating, BatchInvariantSGD):
     eps_max / (1 + B_noise/B), grows as this one does, and A.1. The step in examples is ours.
     """
 
-    checks = BatchInvariantSGD.checks | Saturating.checks
-    hints = BatchInvariantSGD.hints | Saturating.hints
-
 
 class SaturatingAdam(Saturating, BatchInvariantAdam):
     """Experimental. Adam whose step stops growing with the batch where it is larger than the noise scale.
@@ -188,5 +181,3 @@ class SaturatingAdam(Saturating, BatchInvariantAdam):
 
     Raises, Source: as SaturatingSGD and BatchInvariantAdam.
     """
-
-    checks = BatchInvariantAdam.checks | Saturating.checks

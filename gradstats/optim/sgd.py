@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradstats.errors import GradstatsError
 from gradstats.optim.base import Age, ExampleOptimizer
+from gradstats.optim.options import one_of
 from gradstats.optim.update import Update, Values, moved
 from gradstats.units import AVERAGES, average, forgotten
 
@@ -100,12 +101,7 @@ class BatchInvariantSGD(ExampleOptimizer):
     D. McAllester, TTIC 31230 lecture slides, "SGD, Momentum, RMSProp, Adam".
     """
 
-    checks = {
-        "momentum": lambda momentum: 0 <= momentum < 1,
-        "dampening": lambda dampening: 0 <= dampening < 1,
-        "average": lambda kind: kind in ("heavy_ball", *AVERAGES),
-    }
-    hints = {"average": f": one of {('heavy_ball', *AVERAGES)}"}
+    checks = {"average": one_of(("heavy_ball", *AVERAGES))}
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from gradstats.optim.base import Age, ExampleOptimizer
+from gradstats.optim.options import one_of
 from gradstats.optim.update import Update, Values, moved
 from gradstats.units import average, decay_of
 
@@ -68,10 +69,7 @@ class BatchInvariantSignSGD(ExampleOptimizer):
     and Signum). The placements, and why the sign belongs after the averaging: Roulet & Agarwala, arXiv:2510.00236.
     """
 
-    checks = {
-        "momentum": lambda momentum: 0 <= momentum < 1,
-        "placement": lambda placement: placement in PLACEMENTS,
-    }
+    checks = {"placement": one_of(PLACEMENTS)}
 
     def __init__(
         self,

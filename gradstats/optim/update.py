@@ -45,8 +45,8 @@ class Update(ABC):
     """The choices that change an optimizer's equation, and the equation. A frozen dataclass, so that it is compiled
     once; its numbers come with every step.
 
-    The tensors x, in float32 or wider: x.p the parameter, x.m the mean gradient, the `statistics` and
-    the `buffers` by name. The scalars k are those that the optimizer
+    The tensors x, in float32 or wider: x.p the parameter, x.m the mean gradient, the `statistics` and the `buffers` by
+    name, and in phase "both" x.before, all of these before this batch. The scalars k are those that the optimizer
     gives, floats or tensors (), besides k.decay, by which decoupled weight decay multiplies the parameter.
     """
 

@@ -34,11 +34,6 @@ class VarianceAdaptedUpdate(ScaledUpdate):
 class VarianceAdapted(NoiseScaled):
     """What both have in common."""
 
-    checks = {
-        "noise_beta": lambda beta: 0 <= beta < 1,
-        "reference_batch_size": lambda r: r is None or r == "tuned" or (not isinstance(r, str) and r >= 1),
-    }
-
     def scaled(self, group: Mapping[str, Any], inner: Update, single: bool) -> VarianceAdaptedUpdate:
         return VarianceAdaptedUpdate(inner, single, self.statistics(group), inner.coupled)
 
@@ -84,8 +79,6 @@ class VarianceAdaptedSGD(VarianceAdapted, BatchInvariantSGD):
     arXiv:1705.07774, M-SVAG.
     """
 
-    checks = BatchInvariantSGD.checks | VarianceAdapted.checks
-
     def __init__(
         self,
         params: Any,
@@ -114,8 +107,6 @@ class VarianceAdaptedAdam(VarianceAdapted, BatchInvariantAdam):
 
     Raises, Source: as VarianceAdaptedSGD and BatchInvariantAdam.
     """
-
-    checks = BatchInvariantAdam.checks | VarianceAdapted.checks
 
     def __init__(self, params: Any, *args: Any, noise_beta: float = 0.99, **options: Any):
         super().__init__(params, *args, noise_options={"noise_beta": noise_beta}, **options)

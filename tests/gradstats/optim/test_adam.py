@@ -35,7 +35,7 @@ def test_follows_its_equations(sizes, r, average):
     handle = attach(model)
     args = {"lr": 0.02, "betas": (0.9, 0.97), "eps": 1e-8, "weight_decay": 0.1, "batch_size": 8}
     optimizer = BatchInvariantAdam(model.parameters(), reference_batch_size=r, average=average, **args)
-    twin = reference.Adam(model.p.detach(), reference=r, slides=average == "slides", **args)
+    twin = reference.Adam(model.p.detach(), reference=r, average=average, **args)
     for b in sizes:
         x = torch.randn(b, 3, dtype=D)
         expected = twin.step(per_example(model.p, x))

@@ -13,6 +13,7 @@ from gradstats.optim import (
     BatchInvariantSGD,
     BatchInvariantSignSGD,
     QuenchingSGD,
+    SaturatingAdam,
     SaturatingSGD,
 )
 from tests.gradstats.optim.problem import problem, train, vector
@@ -393,3 +394,10 @@ def test_in_examples_is_the_tuning_at_batch_size_one(kind, horizons, tuned):
         kind.in_examples(
             nn.Linear(1, 1).parameters(), **{name: ("2560", 1) if name == "horizons" else 0.5 for name in horizons}
         )
+
+
+def test_options_of_a_class_made_of_others_are_those_of_all():
+    for wrong in ({"over": "all"}, {"source": "nothing"}, {"noise_beta": 1.0}, {"denominator": "nothing"}):
+        (name,) = wrong
+        with pytest.raises(GradstatsError, match=f"SaturatingAdam: invalid {name}"):
+            SaturatingAdam(nn.Linear(2, 2).parameters(), **wrong)

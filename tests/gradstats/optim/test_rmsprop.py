@@ -288,7 +288,7 @@ def test_a_clipped_gradient_is_refused_where_squares_go_with_it():
     [
         ({"alpha": 1.0}, "alpha = 1.0"),
         ({"momentum": -0.1}, "momentum = -0.1"),
-        ({"exponent": 2}, "exponent = 2: 0.5 or 1"),
+        ({"exponent": 2}, "exponent = 2: one of"),
         ({"source": "mean"}, "source = 'mean'"),
         ({"estimator": "none"}, "estimator = 'none'"),
         ({"reference_batch_size": 0.5}, "reference_batch_size = 0.5"),
