@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradstats.errors import CoverageError, LifetimeError, MissingStatistic
 from gradstats.gradient import Left, fresh, untouched
-from gradstats.sums import SUMS, RawSum
+from gradstats.sums import SUMS, RawSum, accumulation_dtype
 
 if TYPE_CHECKING:
     from gradstats.contribution import Contribution
@@ -32,6 +32,21 @@ class Uses:
     ids: list[Tensor] = field(default_factory=list)  # (n, t) rows that each of the others touches
     parts: list[Contribution | Looked] = field(default_factory=list)  # of the uses backpropagated so far
     units: int = 0  # how many contributions were squared: examples, unless another granularity was asked for
+    gradient: Tensor | None = None  # of the uses backpropagated so far
+
+    def take(self, gradient: Tensor) -> bool:
+        """Adds a use's gradient to those that the first use returns; not in low precision, which autograd sums in the
+        parameter's own."""
+        if gradient.dtype != accumulation_dtype(gradient.dtype):
+            return False
+        same = self.gradient is None or self.gradient.dtype == gradient.dtype
+        if same:
+            self.gradient = gradient if self.gradient is None else self.gradient.add_(gradient)
+        return same
+
+    def give(self) -> Tensor | None:
+        gradient, self.gradient = self.gradient, None
+        return gradient
 
 
 def shadow(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:

@@ -54,6 +54,10 @@ class Contribution(ABC):
     def gradient(self) -> Tensor:
         """sum_b c_b, shaped like the parameter."""
 
+    def added_to(self, gradient: Tensor) -> Tensor:
+        """The same, added in place to what other uses of the parameter contribute."""
+        return gradient.add_(self.gradient())
+
     @abstractmethod
     def example(self, n: int) -> Tensor:
         """c_n, shaped like the parameter; may be overwritten by the next call."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gradstats.blocks import BLOCK, Contribution, tiles
-from gradstats.sums import Block, accumulation_dtype, wide
+from gradstats.sums import accumulation_dtype, wide
 
 # Gram matrices for norms only pay when T^2 (in + out) < GRAM_ADVANTAGE in out: measured crossover near T = 50 on square
 # layers. The usual criterion 2 T^2 < in out counts multiplications and picks the slower path.
@@ -224,66 +224,3 @@ class OuterSum(Streamed):
     def merged(self, size: int) -> Contribution:
         d, a = (x.reshape(-1, size * x.shape[1], x.shape[2]) for x in (self.d, self.a))
         return OuterSum(d, a)
-
-
-class Rows(Contribution):
-    """c_b has few non-zero rows: d (n, t, o) goes to the rows ids (n, t) of a table (rows, o).
-
-    Repeated ids within an example are summed before squaring.
-    """
-
-    def __init__(self, ids: Tensor, d: Tensor, rows: int):
-        self.ids, self.d, self.rows = ids, d, rows
-        self.count, self.shape, self.dtype, self.device = d.shape[0], (rows, d.shape[2]), d.dtype, d.device
-
-    @property
-    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return (self.ids, self.d), (self.rows,)
-
-    def gradient(self) -> Tensor:
-        table = self.d.new_zeros(self.shape)
-        return table.index_add_(0, self.ids.flatten(), self.d.flatten(0, 1))
-
-    def example(self, n: int) -> Tensor:
-        return self.d.new_zeros(self.shape).index_add_(0, self.ids[n], self.d[n])
-
-    def by_pair(self) -> tuple[Tensor, Tensor]:
-        """The distinct example * rows + row (u,), in order, and what the example contributes to that row (u, o)."""
-        example = torch.arange(self.count, device=self.device).unsqueeze(1)
-        pairs, index = torch.unique(example * self.rows + self.ids, return_inverse=True)
-        d = wide(self.d).flatten(0, 1)
-        return pairs, d.new_zeros(pairs.numel(), d.shape[1]).index_add_(0, index.flatten(), d)
-
-    def tile(self, rows: slice, columns: slice) -> Tensor:
-        inside = (self.ids >= rows.start) & (self.ids < rows.stop)
-        height = rows.stop - rows.start
-        d = wide(self.d[..., columns][inside])  # (u, k)
-        place = torch.nonzero(inside)[:, 0] * height + self.ids[inside] - rows.start
-        return d.new_zeros(self.count * height, d.shape[1]).index_add_(0, place, d).unflatten(0, (self.count, height))
-
-    def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        pairs, c = self.by_pair()
-        row, owner = pairs % self.rows, pairs // self.rows
-        found = {}
-        if "sum_of_squares" in names:
-            found["sum_of_squares"] = c.new_zeros(self.shape).index_add_(0, row, c.square())
-        if "squared_norms" in names:
-            found["squared_norms"] = c.new_zeros(self.count).index_add_(0, owner, c.square().sum(1))
-        return c.new_zeros(self.shape).index_add_(0, row, c).to(self.dtype), found
-
-    def blocks(self, limit: int = BLOCK, zeros: bool = True) -> Iterator[Block]:
-        if zeros:
-            yield from super().blocks(limit)
-            return
-        touched, ids = torch.unique(self.ids, return_inverse=True)
-        width = self.shape[1]
-        for block in Rows(ids, self.d, len(touched)).blocks(limit):
-            row, column = block.elements // width, block.elements % width
-            yield block._replace(elements=touched[row] * width + column, parameter=self.parameter)
-
-    def per_token(self) -> Contribution:
-        return Rows(self.ids.reshape(-1, 1), self.d.reshape(-1, 1, self.d.shape[2]), self.rows)
-
-    def merged(self, size: int) -> Contribution:
-        t = size * self.ids.shape[1]
-        return Rows(self.ids.reshape(-1, t), self.d.reshape(-1, t, self.d.shape[2]), self.rows)

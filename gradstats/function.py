@@ -4,7 +4,7 @@
 
 A parameter that is used several times has its shadows at the first use; every later use takes the first one's `link`,
 an output that holds nothing, so that autograd runs the backward of the first use when those of all others are done.
-There the contributions of all uses meet.
+There the contributions of all uses meet, and their gradients, which are added up in one buffer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from gradstats.contribution import Contribution, Rows
+from gradstats.contribution import Contribution
 from gradstats.errors import CoverageError
 from gradstats.joint import MENDABLE, Looked, look, sums_of
+from gradstats.rows import Rows
 from gradstats.rules import Rule
 
 if TYPE_CHECKING:
@@ -129,16 +130,21 @@ def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradient
             uses.units = own.count
         if not collects:
             if own is not None:
-                gradients[name], part = postpone(own, uses, kinds)
+                gradient, part = postpone(own, uses, kinds)
                 uses.parts.append(part)
+                if not uses.take(gradient):
+                    gradients[name] = gradient
         elif uses.parts:
             if call.leaf.handle.granularity == "token":
                 raise CoverageError(
                     f"parameter '{uses.name}' is used several times in one forward, so a token has no single "
                     f"contribution to it. Use granularity='example', or ignore=['{uses.name}']"
                 )
+            gradient = uses.give()
             if own is not None:
-                gradients[name] = own.gradient()
+                gradient = own.gradient() if gradient is None else own.added_to(gradient)
+            if gradient is not None:
+                gradients[name] = gradient
             found = sums_of(uses.parts if own is None else [*uses.parts, own], kinds)
             uses.parts.clear()
         elif own is not None:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstats.contribution import Contribution, Dense, Outer, OuterSum, Rows, Streamed
+from gradstats.contribution import Contribution, Dense, Outer, OuterSum, Streamed
+from gradstats.rows import Rows
 from gradstats.sums import wide
 
 # Sums of squares, which the formula above mends afterwards; any other sum needs c_b itself.
@@ -82,40 +83,38 @@ class Total(Streamed):
 
 
 class Looked:
-    """A use that is reduced already: its sums, and h (u, i), its values at the rows that other uses look up.
+    """A use that is reduced already: its sums, and h (n, t, i), its values at the rows that other uses look up.
 
-    `pairs` (u,) are the distinct example * rows + row, in order.
+    `ids` (n, t) are these rows, in order, as often as they are looked up.
     """
 
-    def __init__(self, sums: dict[str, Tensor], pairs: Tensor, h: Tensor):
-        self.sums, self.pairs, self.h = sums, pairs, h
+    def __init__(self, sums: dict[str, Tensor], ids: Tensor, h: Tensor):
+        self.sums, self.ids, self.h = sums, ids, h
 
     def with_rows(self, looked_up: Rows) -> dict[str, Tensor]:
-        """The sums after e (u', i) has been added, u' being some of the pairs."""
-        pairs, e = looked_up.by_pair()
-        h = self.h[torch.searchsorted(self.pairs, pairs)]
+        """The sums after e has been added, at rows that are among `ids`."""
+        e = looked_up.summed()  # (n, t', i)
+        place = torch.searchsorted(self.ids, looked_up.ids)
+        h = self.h.gather(1, place.unsqueeze(2).expand_as(e))
         change = e * (2 * h + e)
-        row, owner = pairs % looked_up.rows, pairs // looked_up.rows
         if "sum_of_squares" in self.sums:
-            self.sums["sum_of_squares"].index_add_(0, row, change)
+            self.sums["sum_of_squares"].index_add_(0, looked_up.ids.flatten(), change.flatten(0, 1))
         if "squared_norms" in self.sums:
-            self.sums["squared_norms"].index_add_(0, owner, change.sum(1)).clamp_(min=0)
+            self.sums["squared_norms"].add_(change.sum((1, 2))).clamp_(min=0)
         return self.sums
 
 
 def look(head: Contribution, ids: Tensor, names: Collection[str]) -> tuple[Tensor, Looked]:
     """Reduces `head`, keeping its values at the rows ids (n, t): its gradient, and what waits for the lookups."""
-    rows = head.shape[0]
     gradient, sums = head.sums(names)
-    example = torch.arange(head.count, device=ids.device).unsqueeze(1)
-    pairs = torch.unique(example * rows + ids.reshape(head.count, -1))
-    h = [at_rows(head, n, pairs[pairs // rows == n] % rows) for n in range(head.count)]
-    return gradient, Looked(sums, pairs, torch.cat(h))
+    ids = ids.reshape(head.count, -1).sort(dim=1).values
+    return gradient, Looked(sums, ids, at_rows(head, ids))
 
 
-def at_rows(contribution: Contribution, n: int, rows: Tensor) -> Tensor:
-    """c_n at some rows of the parameter (u, i)."""
+def at_rows(contribution: Contribution, ids: Tensor) -> Tensor:
+    """c_n at the rows ids (n, t) of the parameter: (n, t, i)."""
     if isinstance(contribution, Outer | OuterSum):
-        d, a = (x[n] for x in positions(contribution))  # (t, o), (t, i)
-        return wide(d[:, rows]).T @ wide(a)
-    return wide(contribution.example(n)[rows])
+        d, a = positions(contribution)  # (n, s, o), (n, s, i)
+        d = d.gather(2, ids.unsqueeze(1).expand(-1, d.shape[1], -1))
+        return wide(d).mT @ wide(a)
+    return torch.stack([wide(contribution.example(n)[ids[n]]) for n in range(contribution.count)])

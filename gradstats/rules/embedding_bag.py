@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from gradstats.contribution import Contribution, Rows
+from gradstats.contribution import Contribution
+from gradstats.rows import Rows, firsts
 from gradstats.rules.embedding import Embedding
 from gradstats.rules.registry import Rule, refuse, rule
 
@@ -96,8 +97,9 @@ class EmbeddingBag(Rule):
         contributions: dict[str, Contribution] = {}
         if "weight" in wanted:
             if mode == MAX:
-                firsts = torch.where(counted & first(ids), ids, len(table))  # no row has the number of rows
-                share = highest.unsqueeze(1) == firsts.unsqueeze(2)  # (n, t, o)
+                place = torch.arange(ids.shape[1], device=ids.device)
+                once = torch.where(counted & (firsts(ids) == place), ids, len(table))  # no row has the number of rows
+                share = highest.unsqueeze(1) == once.unsqueeze(2)  # (n, t, o)
             else:
                 share = (counted if given is None else given * counted).to(d.dtype).unsqueeze(2)  # (n, t, 1)
             if mode == MEAN:
@@ -109,11 +111,3 @@ class EmbeddingBag(Rule):
 def within(ids: Tensor, lengths: Tensor) -> Tensor:
     """Which positions (n, t) belong to their bag."""
     return torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
-
-
-def first(ids: Tensor) -> Tensor:
-    """Which positions (n, t) hold an id that no earlier position of the bag has."""
-    ordered, order = ids.sort(dim=1, stable=True)
-    fresh = torch.ones_like(ordered, dtype=torch.bool)
-    fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    return torch.zeros_like(fresh).scatter_(1, order, fresh)

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradstats.blocks import BLOCK, Contribution
-from gradstats.contribution import Dense, Groups, Outer, OuterSum, PositionSum, Rows, Streamed
+from gradstats.contribution import Dense, Groups, Outer, OuterSum, PositionSum, Streamed
 from gradstats.errors import CoverageError
+from gradstats.rows import Rows
 from gradstats.rules.convolution import Convolution
 from gradstats.statistics import STATISTICS
 from gradstats.sums import SUMS, RawSum, register
