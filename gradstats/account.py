@@ -32,6 +32,7 @@ class Uses:
     ids: list[Tensor] = field(default_factory=list)  # (n, t) rows that each of the others touches
     parts: list[Contribution | Looked] = field(default_factory=list)  # of the uses backpropagated so far
     units: int = 0  # how many contributions were squared: examples, unless another granularity was asked for
+    weight: float = 1.0  # of the sums, where they are over a part of the examples
     gradient: Tensor | None = None  # of the uses backpropagated so far
 
     def take(self, gradient: Tensor) -> bool:
@@ -45,6 +46,7 @@ class Uses:
         return same
 
     def give(self) -> Tensor | None:
+        """What `take` has added up, which is forgotten here; None if it took nothing."""
         gradient, self.gradient = self.gradient, None
         return gradient
 
@@ -175,7 +177,9 @@ class Account:
     def _arrives(self, incoming: Tensor) -> None:
         """Compares the gradient that reaches the parameter in this pass with what the leaf returned."""
         returned, self._returned = self._returned, []
-        self._explained = bool(returned)
+        self._explained = bool(returned) or self.handle.lifetime.passes_plainly
+        if self.handle.lifetime.passes_plainly:
+            return
         if not returned:
             if bool(incoming.any()):
                 self.handle.lifetime.suspect(self, self._outside(incoming))
@@ -246,6 +250,11 @@ class Account:
         if self.handle.granularity != "example":
             return sum(self.units.values())
         return sum(size for generation, size in self.handle.lifetime.sizes.items() if generation >= self.first)
+
+    @property
+    def gathered(self) -> bool:
+        """Whether all that was backpropagated in this window was gathered."""
+        return bool(self.generations) and self.handle.lifetime.plain.isdisjoint(self.generations)
 
     def check(self) -> None:
         """Raises: MissingStatistic if nothing was backpropagated through the parameter in this window; LifetimeError if

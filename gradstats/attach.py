@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from gradstats.arguments import ExampleDims
@@ -12,6 +13,7 @@ from gradstats.caller import LEAF
 from gradstats.engines import ENGINES
 from gradstats.errors import GradstatsError, MissingStatistic
 from gradstats.handle import Handle, handle_of
+from gradstats.sampling import Sampling
 from gradstats.statistics import Wanted
 
 
@@ -26,6 +28,11 @@ def attach(
     microbatch_size: int | None = None,
     grad_scaler: Any = None,
     follow_clipping: bool = False,
+    probes: int = 1,
+    generator: torch.Generator | None = None,
+    statistics_dtype: torch.dtype | None = None,
+    every: int = 1,
+    fraction: float = 1.0,
 ) -> Handle:
     """Gathers statistics of the per-example gradients of `model` in every backward pass from here on.
 
@@ -51,7 +58,10 @@ def attach(
                 s2 = (Q_b - m^2)/(1/b - 1/B)        q = m^2 + s2 (B - 1)/B
 
             equal fused's in expectation, and exactly for b = 1. second_moment, variance and noise_scale have such an
-            estimate; the others ask for granularity="microbatch". Two gradients more in memory, three in backward).
+            estimate; the others ask for granularity="microbatch". Two gradients more in memory, three in backward),
+            "random_sign" (any model at all, like it, from one forward: `stats.backward(losses)`, of losses of single
+            examples (B,), backpropagates them `probes` times more under random signs. The same three statistics,
+            without bias and in the same memory; engines/random_sign.py has the equations).
         loss_reduction: "mean" or "sum", how the loss that is backpropagated runs over the examples.
         ignore: names of parameters, or of modules with all their parameters, that are to have no statistics.
         example_dims: where the examples are in the model's arguments, if not in front: one dimension for all, or a
@@ -66,6 +76,22 @@ def attach(
             factor f (torch.nn.utils.clip_grad_norm_), so are the contributions, and statistics are those of the clipped
             gradient. f is recognised from two numbers of every gradient, noted in each backward pass; any other change
             is refused. In a loop of one's own, `stats.clip_grad_norm_` needs no such argument.
+        probes: of engine "random_sign", backward passes beside that of the gradient. The more, the smaller the variance
+            of the estimates: about 1/probes of that of one, and none from n - 1 on, n the power of two at or above B.
+        generator: what the signs of engine "random_sign" and the examples of `fraction` are drawn from; None is one of
+            its own, seeded with 0, so that torch's global one is untouched. Give one and save its state, get_state(),
+            to resume a run exactly.
+        statistics_dtype: torch.bfloat16 permits to round the factors of matmuls that serve statistics alone (squares of
+            Linear layers without positions, Gram matrices), where that is the fastest way; they are added up in
+            float32. Sums of squares are then off by 0.2%, by 1.2% at most; gradients are not. None, the default, is
+            exact, and so is a device without instructions for bfloat16. `verify` measures the error that is permitted.
+        every: k gathers statistics in the first window and every k-th after it; a window is what p.grad accumulates
+            until it is None again. In between a step costs what it costs without statistics, `stats.gathered` is False
+            and reading raises MissingStatistic. Running averages of the optimizers account for it. Under torch.compile,
+            an optimizer's step() ends the window.
+        fraction: f gathers sums with an entry for every element (second_moment, variance, abs_mean, sign_mean) over
+            max(1, round(f B)) random examples of every backward pass, times B over their number: unbiased (sampling.py
+            has the variance). The gradient is that of all examples.
 
     The model keeps its class names, parameters and state_dict. Only calls with gradients enabled are affected. The
     handle is also a context manager that detaches. Examples are rows of the batch: positions are summed before
@@ -77,6 +103,25 @@ def attach(
     """
     if engine not in ENGINES:
         raise GradstatsError(f"unknown engine {engine!r}; choose one of {sorted(ENGINES)}")
+    if statistics_dtype is not None and (statistics_dtype is not torch.bfloat16 or engine != "fused"):
+        raise GradstatsError(
+            f"statistics_dtype={statistics_dtype} with engine={engine!r}: reduced precision is torch.bfloat16, which "
+            f"has the range of float32, and for the matmuls of engine 'fused'"
+        )
+    options: dict[str, Any] = {}
+    if engine == "random_sign":
+        options = {"probes": probes, "generator": generator}
+    elif probes != 1 or (generator is not None and fraction == 1):
+        raise GradstatsError(
+            f"engine {engine!r} draws nothing: probes and generator are for engine='random_sign', and generator for "
+            f"fraction below 1"
+        )
+    if every != 1 or fraction != 1:
+        if engine not in ("fused", "vmap"):
+            raise GradstatsError(
+                f"engine {engine!r} gathers all that it sees: every and fraction are for engine='fused' and 'vmap'"
+            )
+        options["sampling"] = Sampling(every, fraction, generator or torch.Generator().manual_seed(0))
     handle = ENGINES[engine](
         model,
         statistics or ("second_moment",),
@@ -85,10 +130,12 @@ def attach(
         example_dims=example_dims,
         granularity=granularity,
         microbatch_size=microbatch_size,
+        **options,
     )
     if grad_scaler is not None:
         handle.follow(grad_scaler)
     handle.follows_clipping = follow_clipping
+    handle.statistics_dtype = statistics_dtype
     return handle
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch import Tensor
 from gradstats.errors import CoverageError
 from gradstats.sums import GRADIENT, SQUARED_NORMS, SUM_OF_SQUARES, SUMS, Block, RawSum, wide
 
-# Elements of a block, n x k.
+# Elements of a block, n x k; and on the CPU, where what is made of one should find it in a second-level cache.
 BLOCK = 2**20
+CACHED = 2**18
 
 # Sums for which forms have a way of their own.
 DIRECT = frozenset({SUM_OF_SQUARES.name, SQUARED_NORMS.name})
@@ -32,6 +33,7 @@ class Contribution(ABC):
     dtype: torch.dtype
     device: torch.device
     parameter: str = ""  # its full name, where it is known
+    statistics_dtype: torch.dtype | None = None  # of factors of products that serve statistics alone; None: exact
 
     FORMS: ClassVar[dict[str, type[Contribution]]] = {}  # by name
 
@@ -82,10 +84,19 @@ class Contribution(ABC):
         )
 
     @abstractmethod
+    def subset(self, index: Tensor) -> Contribution:
+        """Contributions of the examples at `index` (m,)."""
+
+    @abstractmethod
     def merged(self, size: int) -> Contribution:
         """Contributions of groups of `size` consecutive examples."""
 
     # What follows
+
+    def like(self, other: Contribution) -> Self:
+        """This one, called and computed as `other` is."""
+        self.parameter, self.statistics_dtype = other.parameter, other.statistics_dtype
+        return self
 
     def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient and the sums called `names`, in the cheapest way."""
@@ -95,6 +106,13 @@ class Contribution(ABC):
             return self.gradient(), found
         gradient, others = self.direct(rest) if DIRECT.issuperset(rest) else self.from_blocks(rest)
         return gradient, found | others
+
+    def sums_over(self, index: Tensor, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of all examples, and the sums over those at `index` (m,)."""
+        part = self.subset(index).like(self)
+        found = part.closed(names)
+        rest = [name for name in names if name not in found]
+        return self.gradient(), found | (part.sums(rest)[1] if rest else {})
 
     def from_blocks(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient and any sums, from blocks of all examples and some elements."""
@@ -109,7 +127,9 @@ class Contribution(ABC):
         Without `zeros`, elements to which no example contributes may be left out.
         """
         height, width = self._matrix
-        for rows, columns in tiles(height, width, limit // self.count):
+        if self.device.type == "cpu":
+            limit = min(limit, CACHED)
+        for rows, columns in tiles(height, width, limit // max(1, self.count)):
             row, column = (torch.arange(s.start, s.stop, device=self.device) for s in (rows, columns))
             elements = (row.unsqueeze(1) * width + column).flatten()
             yield Block(wide(self.tile(rows, columns)).flatten(1), elements, self.parameter)
@@ -136,8 +156,7 @@ class Contribution(ABC):
             )
         else:
             regrouped = self.merged(size)
-        regrouped.parameter = self.parameter
-        return regrouped
+        return regrouped.like(self)
 
 
 def gather(

@@ -37,6 +37,9 @@ class Constants(NamedTuple):
     used: tuple[str, ...]  # parameters that have statistics
     kinds: tuple[str, ...]  # sums
     slots: tuple[tuple[str, str], ...]  # (parameter, sum) of every shadow, in the order of the arguments
+    statistics_dtype: torch.dtype | None
+    draws: bool  # sums are over a part of the examples
+    gathers: bool  # this window is
 
 
 class CompiledLeafFunction(torch.autograd.Function):
@@ -67,8 +70,9 @@ class CompiledLeafFunction(torch.autograd.Function):
             grad_input, contributions = constants.rule.backward(constants.options, tuple(saved), cotangents, wanted)
             gradients, found = {}, {}
             for name, contribution in contributions.items():
-                if name in constants.used:
-                    gradient, results = reduce(contribution, token, name, constants.kinds)
+                if name in constants.used and constants.gathers:
+                    contribution.statistics_dtype = constants.statistics_dtype
+                    gradient, results = reduce(contribution, token, call, name, constants.kinds, constants.draws)
                     found.update({(name, kind): result for kind, result in results.items()})
                 else:
                     gradient = contribution.gradient()
@@ -83,6 +87,7 @@ class CompiledLeafFunction(torch.autograd.Function):
             "\n".join(steps),
             [gradients[name] for name in counted],
             [found[name, kind] for name in counted for kind in steps],
+            constants.gathers,
         )
         grad_input = grad_input if len(constants.rule.inputs) > 1 else (grad_input,)
         own = [gradients.get(name) for name in constants.names]
@@ -148,14 +153,26 @@ def ruled(leaf: Leaf, rule: type[Rule], module: nn.Module, kind: type[nn.Module]
     known = [(i, layout) for i, layout in zip(rows, layouts, strict=True) if layout is not None]
     if any(layout.folded or i.shape[0] != n for i, layout in known):  # positions among the examples, or a wrong size
         return leaf.compiling(kind, args, kwargs)
-    own, kinds = module._parameters, leaf.handle.needs
+    gathers = leaf.handle.lifetime.turns.gathers
+    own, kinds = module._parameters, leaf.handle.needs if gathers else ()
     used = tuple(name for name, p in own.items() if p is not None and p.requires_grad and name in leaf.accounts)
     slots = tuple((name, kind) for name in used for kind in kinds if SUMS[kind].persistent)
     dtype = autocast_dtype(rule.autocast, rows[0].device.type)
     with torch.no_grad():
         opened(leaf.call, leaf.token, n)
     y = CompiledLeafFunction.apply(
-        Constants(rule, rule.options(module), tuple(own), dtype, used, kinds, slots),
+        Constants(
+            rule,
+            rule.options(module),
+            tuple(own),
+            dtype,
+            used,
+            kinds,
+            slots,
+            leaf.handle.statistics_dtype,
+            leaf.handle.sampling.fraction < 1,
+            gathers,
+        ),
         leaf.call.clone(),
         leaf.token,
         *[leaf.accounts[name].ready_shadow_of(kind) for name, kind in slots],

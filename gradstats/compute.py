@@ -67,6 +67,7 @@ def compute(
     microbatch_size: int | None = None,
     ignore: Sequence[str] = (),
     example_dims: ExampleDims = 0,
+    statistics_dtype: torch.dtype | None = None,
 ) -> Result:
     """Statistics of the per-example gradients of loss_fn(model(x), y); what `attach` takes is as it defines it.
 
@@ -86,6 +87,7 @@ def compute(
             microbatch_size=microbatch_size,
             ignore=ignore,
             example_dims=example_dims,
+            statistics_dtype=statistics_dtype,
         )
         with handle, torch.enable_grad():
             loss = loss_fn(call(model, x), y)

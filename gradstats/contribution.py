@@ -14,18 +14,23 @@ Index letters in every file: n example, t position, i input, o output.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from gradstats.blocks import BLOCK, Contribution, tiles
+from gradstats import kernels, native
+from gradstats.blocks import BLOCK, CACHED, DIRECT, Contribution, tiles
+from gradstats.choice import fastest
+from gradstats.products import product
 from gradstats.sums import accumulation_dtype, wide
 
 # Gram matrices for norms only pay when T^2 (in + out) < GRAM_ADVANTAGE in out: measured crossover near T = 50 on square
 # layers. The usual criterion 2 T^2 < in out counts multiplications and picks the slower path.
 GRAM_ADVANTAGE = 10
+# From here on a matmul for each example comes close enough to the batch matmul to be measured beside better ways.
+MANY_POSITIONS = 32
 
 
 class Dense(Contribution):
@@ -57,6 +62,9 @@ class Dense(Contribution):
             found["squared_norms"] = c2.reshape(self.count, -1).sum(1)
         return self.gradient(), found
 
+    def subset(self, index: Tensor) -> Contribution:
+        return Dense(self.c[index])
+
     def merged(self, size: int) -> Contribution:
         return Dense(self.c.unflatten(0, (-1, size)).sum(1))
 
@@ -84,7 +92,8 @@ MULTIPLICATIVE = {"sum_of_squares": torch.square, "abs_mean": torch.abs, "sign_m
 class Outer(Contribution):
     """c_b = d_b a_b^T, one position an example: d (n, o) and a (n, i).
 
-    sum_b f(c_b) = f(d)^T f(a), a second matmul and no example's gradient; <c_a, c_b> = <d_a, d_b> <a_a, a_b>.
+    sum_b f(c_b) = f(d)^T f(a), a second matmul and no example's gradient; <c_a, c_b> = <d_a, d_b> <a_a, a_b>. A kernel
+    in C++ has both matmuls in hardly more time than the first.
     """
 
     def __init__(self, d: Tensor, a: Tensor):
@@ -104,17 +113,32 @@ class Outer(Contribution):
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return wide(self.d[:, rows]).unsqueeze(2) * wide(self.a[:, columns]).unsqueeze(1)
 
+    def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        d, a = self.d.unsqueeze(1), self.a.unsqueeze(1)
+        if "sum_of_squares" not in names or not DIRECT.issuperset(names) or not native.serves(d, a):
+            return super().sums(names)
+        squares = ["sum_of_squares"]
+        key = ("Outer", self.dtype, self.statistics_dtype, *self.shape, self.count.bit_length())
+        ways = {"native": partial(native.outer_sum, d, a, squares), "products": partial(super().sums, squares)}
+        if self.statistics_dtype is not None:
+            ways = dict(reversed(ways.items()))  # the error that was asked for, unless being exact is faster
+        gradient, found = fastest(key, ways)
+        return gradient, found | self.closed(set(names).difference(squares))
+
     def closed(self, names: Collection[str]) -> dict[str, Tensor]:
-        d, a = wide(self.d), wide(self.a)
-        found = {name: f(d).T @ f(a) for name, f in MULTIPLICATIVE.items() if name in names}
+        d, a, dtype = wide(self.d), wide(self.a), self.statistics_dtype
+        found = {name: product(f(d).T, f(a), dtype) for name, f in MULTIPLICATIVE.items() if name in names}
         if "squared_norms" in names:
             found["squared_norms"] = d.square().sum(1) * a.square().sum(1)
         if "gram" in names:
-            found["gram"] = (d @ d.T) * (a @ a.T)
+            found["gram"] = product(d, d.T, dtype) * product(a, a.T, dtype)
         return found
 
     def per_token(self) -> Contribution:
         return Outer(self.d, self.a)
+
+    def subset(self, index: Tensor) -> Contribution:
+        return Outer(self.d[index], self.a[index])
 
     def merged(self, size: int) -> Contribution:
         return OuterSum(self.d.unflatten(0, (-1, size)), self.a.unflatten(0, (-1, size)))
@@ -166,6 +190,10 @@ class Groups(Streamed):
     def gradient(self) -> Tensor:
         return self.whole.gradient()
 
+    def subset(self, index: Tensor) -> Contribution:
+        members = torch.arange(self.size, device=index.device)
+        return Groups(self.whole.subset((index.unsqueeze(1) * self.size + members).flatten()), self.size)
+
     def example(self, n: int) -> Tensor:
         c = self.whole.example(n * self.size).clone()
         for m in range(n * self.size + 1, (n + 1) * self.size):
@@ -176,8 +204,13 @@ class Groups(Streamed):
 class OuterSum(Streamed):
     """c_b = sum_t d_bt a_bt^T, positions summed before squaring: d (n, t, o) and a (n, t, i).
 
-    The stream of per-example gradients replaces the batch matmul, so the sum of squares costs memory traffic but no
-    arithmetic to speak of. Norms alone go through Gram matrices, ||c_b||^2 = <d_b d_b^T, a_b a_b^T>, when T is small.
+    The gradient is the sum of what is formed for the squares, and the batch matmul is not computed:
+
+        native  by a kernel in C++, which keeps c_b in registers: about the time of the batch matmul
+        triton  the same on a GPU
+        blocks  by elements, of all examples: small parameters
+        stream  by examples, one after the other: where they have many positions, memory is no burden
+        gram    norms alone, ||c_b||^2 = <d_b d_b^T, a_b a_b^T>, beside the batch matmul: few positions
     """
 
     def __init__(self, d: Tensor, a: Tensor):
@@ -206,20 +239,39 @@ class OuterSum(Streamed):
     def gradient(self) -> Tensor:
         return self.d.flatten(0, 1).T @ self.a.flatten(0, 1)
 
-    def closed(self, names: Collection[str]) -> dict[str, Tensor]:
-        positions, (o, i) = self.d.shape[1], self.shape
-        if (
-            "squared_norms" not in names
-            or "sum_of_squares" in names
-            or positions**2 * (o + i) >= GRAM_ADVANTAGE * o * i
-        ):
-            return {}
+    def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        (n, t, _), shape = self.d.shape, self.shape
+        key = ("OuterSum", *sorted(names), self.device.type, self.dtype, *shape, n.bit_length(), t.bit_length())
+        return fastest(key, self.ways(names))
+
+    def ways(self, names: Collection[str]) -> dict[str, Callable[[], tuple[Tensor, dict[str, Tensor]]]]:
+        """Those worth measuring, the likeliest one first."""
+        (n, t, o), i = self.d.shape, self.shape[1]
+        ways: dict[str, Callable[[], tuple[Tensor, dict[str, Tensor]]]] = {}
+        if native.serves(self.d, self.a):
+            ways["native"] = partial(native.outer_sum, self.d, self.a, names)
+        if kernels.available(self.d, self.a):
+            from gradstats.kernels import linear  # imports Triton
+
+            ways |= linear.ways(self.d, self.a, names)
+        if "sum_of_squares" not in names and t**2 * (o + i) < GRAM_ADVANTAGE * o * i:
+            ways["gram"] = self.gram
+        if not ways and n * o * i <= CACHED:
+            ways["blocks"] = partial(self.from_blocks, names)
+        elif not ways or t >= MANY_POSITIONS:
+            ways["stream"] = partial(super().direct, names)
+        return ways
+
+    def gram(self) -> tuple[Tensor, dict[str, Tensor]]:
         d, a = wide(self.d), wide(self.a)
-        gram = (d @ d.mT) * (a @ a.mT)  # (n, t, t)
-        return {"squared_norms": gram.sum((1, 2))}
+        gram = product(d, d.mT, self.statistics_dtype) * product(a, a.mT, self.statistics_dtype)  # (n, t, t)
+        return self.gradient(), {"squared_norms": gram.sum((1, 2))}
 
     def per_token(self) -> Contribution:
         return Outer(self.d.flatten(0, 1), self.a.flatten(0, 1))
+
+    def subset(self, index: Tensor) -> Contribution:
+        return OuterSum(self.d[index], self.a[index])
 
     def merged(self, size: int) -> Contribution:
         d, a = (x.reshape(-1, size * x.shape[1], x.shape[2]) for x in (self.d, self.a))

@@ -112,6 +112,7 @@ def differentiate(
     grad_input, contributions = call.rule.backward(call.options, saved, d if len(d) > 1 else d[0], wanted)
     for name in contributions.keys() & call.used.keys():
         contributions[name].parameter = call.used[name].account.name
+        contributions[name].statistics_dtype = call.leaf.handle.statistics_dtype
         if call.fold > 1 and granularity != "token":
             contributions[name] = contributions[name].regroup("microbatch", call.fold)
         if granularity != "example":
@@ -123,17 +124,20 @@ def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradient
     """Gradient of every parameter, and the sums of those whose uses have all been here."""
     gradients = {name: c.gradient() for name, c in contributions.items() if name not in call.used}
     sums: Sums = {}
-    kinds = call.leaf.handle.needs
+    kinds, lifetime = call.leaf.handle.needs, call.leaf.handle.lifetime
     for name, (_, uses, collects) in call.used.items():
         own, found = contributions.get(name), {}
+        index = None  # examples that the sums are over, if not all
         if own is not None:
             uses.units = own.count
+            index = lifetime.drawn(call.generation, own.count, own.device)
+            uses.weight = 1.0 if index is None else own.count / len(index)
         if not collects:
             if own is not None:
-                gradient, part = postpone(own, uses, kinds)
-                uses.parts.append(part)
-                if not uses.take(gradient):
-                    gradients[name] = gradient
+                share, waiting = postpone(own, uses, kinds, index)
+                uses.parts.append(waiting)
+                if not uses.take(share):
+                    gradients[name] = share
         elif uses.parts:
             if call.leaf.handle.granularity == "token":
                 raise CoverageError(
@@ -145,19 +149,26 @@ def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradient
                 gradient = own.gradient() if gradient is None else own.added_to(gradient)
             if gradient is not None:
                 gradients[name] = gradient
-            found = sums_of(uses.parts if own is None else [*uses.parts, own], kinds)
+            if own is not None:
+                uses.parts.append(own if index is None else own.subset(index).like(own))
+            found = sums_of(uses.parts, kinds)
             uses.parts.clear()
         elif own is not None:
-            gradients[name], found = own.sums(kinds)
-        sums.update({(name, kind): value for kind, value in found.items()})
+            gradients[name], found = own.sums(kinds) if index is None else own.sums_over(index, kinds)
+        for kind, value in found.items():
+            sums[name, kind] = value if uses.weight == 1 else value.mul_(uses.weight)
     return gradients, sums
 
 
-def postpone(contribution: Contribution, uses: Uses, kinds: tuple[str, ...]) -> tuple[Tensor, Contribution | Looked]:
+def postpone(
+    own: Contribution, uses: Uses, kinds: tuple[str, ...], index: Tensor | None
+) -> tuple[Tensor, Contribution | Looked]:
     """The gradient of a use, and what of it waits for the first use."""
-    if uses.ids and uses.whole == 1 and not isinstance(contribution, Rows) and MENDABLE.issuperset(kinds):
-        return look(contribution, torch.cat(uses.ids, 1), kinds)
-    return contribution.gradient(), contribution
+    looked_up = uses.ids and uses.whole == 1 and not isinstance(own, Rows) and MENDABLE.issuperset(kinds)
+    if index is None:
+        return look(own, torch.cat(uses.ids, 1), kinds) if looked_up else (own.gradient(), own)
+    part = own.subset(index).like(own)
+    return own.gradient(), look(part, torch.cat(uses.ids, 1)[index], kinds)[1] if looked_up else part
 
 
 def autocast(

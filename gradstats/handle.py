@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -15,6 +15,7 @@ from gradstats.clipping import clip, recognise
 from gradstats.errors import GradstatsError, LifetimeError, MissingStatistic
 from gradstats.gradient import Left, fresh
 from gradstats.loss_scale import LossScale, includes
+from gradstats.losses import reduced
 from gradstats.reading import Readable, keys
 from gradstats.statistics import STATISTICS, Wanted, statistic_of
 from gradstats.sums import SUMS, register
@@ -65,6 +66,7 @@ class Handle(Readable):
         self.stepwise = tuple(need for need in self.needs if not SUMS[need].persistent)
         self.loss_scale: LossScale | None = None
         self.follows_clipping = False
+        self.statistics_dtype: torch.dtype | None = None
         self._names: dict[int, str] = {}  # id of a registered parameter -> its full name
 
     @property
@@ -98,6 +100,26 @@ class Handle(Readable):
         """Whether a parameter has statistics."""
 
     @property
+    def gathered(self) -> bool:
+        """Whether the window has statistics: something was backpropagated, and it is one of those that are gathered
+        (`attach(..., every=k)`)."""
+        return self.batch_size > 0
+
+    @property
+    def every(self) -> int:
+        """k, if every k-th window is gathered."""
+        return 1
+
+    @property
+    def sampled(self) -> bool:
+        """Whether statistics are of a part of what is seen."""
+        return False
+
+    def skipped(self, name: str) -> bool:
+        """Whether what was backpropagated through a parameter in this window was not gathered."""
+        return False
+
+    @property
     @abstractmethod
     def batch_size(self) -> int:
         """B: examples backpropagated since the gradients were last None."""
@@ -109,6 +131,16 @@ class Handle(Readable):
     def probe(self, *args: Any, **kwargs: Any) -> None:
         """Looks at one call of the model ahead of the first step; for engines that take the forward as it is, there is
         nothing to find."""
+
+    def backward(self, losses: Tensor) -> Tensor:
+        """Backpropagates losses (B,), one an example, as loss_reduction says, and returns their mean or sum (). Engine
+        "random_sign" needs it; with the others it is the same as backpropagating that.
+
+        Raises: GradstatsError for losses that are not one an example.
+        """
+        loss = reduced(losses, self.loss_reduction)
+        loss.backward()
+        return loss.detach()
 
     @abstractmethod
     def new_examples(self) -> None:
@@ -175,10 +207,10 @@ class Handle(Readable):
         if self.loss_scale is not None and parameter.requires_grad:
             self.loss_scale.follow(parameter)
 
-    def owns(self, parameter: Tensor) -> bool:
-        """Whether a parameter is known to be this handle's."""
+    def registered(self, parameter: Tensor) -> str | None:
+        """The full name of a parameter that is known to be this handle's."""
         known = self._names.get(id(parameter))
-        return known is not None and self.parameter(known) is parameter  # ids are given again
+        return known if known is not None and self.parameter(known) is parameter else None  # ids are given again
 
     def name_of(self, key: str | Tensor) -> str:
         """The full name of a parameter given by name or by itself. Raises: MissingStatistic."""
@@ -192,8 +224,8 @@ class Handle(Readable):
             raise MissingStatistic(
                 f"no parameter '{key}' in the attached model; its parameters are {list(self.parameters())}"
             )
-        if self.owns(key):
-            return self._names[id(key)]
+        if (known := self.registered(key)) is not None:
+            return known
         for name, p in self.parameters().items():
             if p is key:
                 return name
@@ -209,30 +241,36 @@ class Handle(Readable):
         name = self.name_of(key)
         parameter = self.parameter(name) if isinstance(key, str) else key
         assert parameter is not None
-        return self._window(name, parameter, needs, needs_gradient)
+        return self.windows(needs, needs_gradient)(name, parameter)
 
-    def _window(self, name: str, parameter: Tensor, needs: Sequence[str], needs_gradient: bool) -> Window:
+    def windows(self, needs: Sequence[str], needs_gradient: bool = False) -> Callable[[str, Tensor], Window]:
+        """The same for one parameter after another, given by name and itself; what optimizers ask at every step."""
         for need in needs:
             if need not in self.needs:
                 entries = [entry for entry in STATISTICS if need in keys(STATISTICS[entry]())]
                 way_out = f"attach(model, {entries[0]!r}, ...)" if entries else "give its statistic to attach"
                 raise MissingStatistic(f"{(entries or [need])[0]!r} was not collected: {way_out}")
-        sums, size = self.sums(name, needs)
-        factor = self.factor(name, parameter) if needs or needs_gradient else 1.0
-        gradient = parameter.grad if needs_gradient else None
-        if gradient is not None and not ((left := self.left(name)) is not None and left.fits(gradient)):
-            raise LifetimeError(
-                f"the gradient of '{name}' was changed in place after the backward pass (clipping, unscaling), so it "
-                f"no longer fits the squares. Clip with the optimizer's max_norm or stats.clip_grad_norm_(max_norm); "
-                f"where a trainer clips, attach(..., follow_clipping=True); name a GradScaler, attach(..., "
-                f"grad_scaler=scaler); or read this statistic before."
-            )
-        return Window(sums, gradient, size, self.loss_reduction, parameter.numel(), factor=factor)
+        multiplied = bool(needs) or needs_gradient
 
-    def replaced(self, parameter: Tensor) -> bool:
+        def window(name: str, parameter: Tensor) -> Window:
+            sums, size = self.sums(name, needs)
+            factor = self.factor(name, parameter) if multiplied else 1.0
+            gradient = parameter.grad if needs_gradient else None
+            if gradient is not None and not ((left := self.left(name)) is not None and left.fits(gradient)):
+                raise LifetimeError(
+                    f"the gradient of '{name}' was changed in place after the backward pass (clipping, unscaling), so "
+                    f"it no longer fits the squares. Clip with the optimizer's max_norm or "
+                    f"stats.clip_grad_norm_(max_norm); where a trainer clips, attach(..., follow_clipping=True); name "
+                    f"a GradScaler, attach(..., grad_scaler=scaler); or read this statistic before."
+                )
+            elements, sampled = parameter.numel(), self.sampled
+            return Window(sums, gradient, size, self.loss_reduction, elements, factor=factor, sampled=sampled)
+
+        return window
+
+    def replaced(self, name: str, parameter: Tensor) -> bool:
         """Whether p.grad is another tensor than the last backward pass left."""
-        known = self._names.get(id(parameter))
-        left = None if known is None else self.left(known)
+        left = self.left(name)
         return left is not None and parameter.grad is not None and left.tensor() is not parameter.grad
 
     def zeroed(self) -> bool:
@@ -284,4 +322,4 @@ class Handle(Readable):
             of_gradient = self.loss_scale.of_gradient(name, parameter, window.factor)
         if of_gradient == scale and includes(window.factor, scale):
             return window
-        return replace(window, loss_scale=scale, gradient_scale=of_gradient)
+        return window._replace(loss_scale=scale, gradient_scale=of_gradient)

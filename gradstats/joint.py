@@ -43,9 +43,7 @@ def join(parts: Sequence[Any]) -> Contribution:
     """One contribution from those of all uses, in the cheapest form that holds their sum."""
     if len(parts) == 1:
         return parts[0]
-    joined = joined_form(parts)
-    joined.parameter = parts[0].parameter
-    return joined
+    return joined_form(parts).like(parts[0])
 
 
 def joined_form(parts: Sequence[Any]) -> Contribution:
@@ -77,6 +75,9 @@ class Total(Streamed):
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         return torch.stack([wide(c.tile(rows, columns)) for c in self.summands]).sum(0)
+
+    def subset(self, index: Tensor) -> Contribution:
+        return Total([c.subset(index) for c in self.summands])
 
     def gradient(self) -> Tensor:
         return torch.stack([c.gradient() for c in self.summands]).sum(0)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_leaves
 
 from gradstats.account import Account
 from gradstats.caller import LEAF
@@ -115,6 +117,8 @@ class Leaf:
                     f"and is not any more: detach(), and attach the model again"
                 )
         checked(self.prefix, fallback.check if self.rule is None else self.rule.check, self.module)
+        if not self.handle.lifetime.gathers:
+            return self._plain(kind, args, kwargs, n)
         if self.rule is None:
             return self._vmapped(kind, args, kwargs, n)
         if issubclass(self.rule, Composite):
@@ -197,6 +201,23 @@ class Leaf:
             alone.check_loop(call, output)
         return output
 
+    def _plain(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any], n: int) -> Any:
+        """The module's own forward; hooks on what it returns tell of the backward pass."""
+        generation = self.handle.lifetime.begin_forward()
+        accounts = [account for account in self.accounts.values() if account.trainable]
+        for account in accounts:
+            account.follow()
+        output = kind.forward(self.module, *args, **kwargs)
+
+        def reached(gradient: Tensor) -> None:
+            if will_accumulate(accounts[0].parameter):
+                self.handle.lifetime.begin_plain(self.title, accounts, n, generation)
+
+        for o in [output] if isinstance(output, Tensor) else tree_leaves(output):
+            if isinstance(o, Tensor) and o.grad_fn is not None:
+                o.register_hook(reached)
+        return output
+
     def _apply(
         self,
         rule: type[Rule],
@@ -276,3 +297,11 @@ class Leaf:
         for name, use in used.items():
             own = {kind: sums[name, kind] for kind in self.handle.stepwise if (name, kind) in sums}
             use.account.record(generation, gradients.get(name), use.uses.units if use.collects else 0, own)
+
+
+def will_accumulate(p: Tensor) -> bool:
+    """Whether the backward pass under way accumulates into p.grad, unlike torch.autograd.grad."""
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(p).node)
+    except RuntimeError:  # torch.autograd.grad with respect to p
+        return False

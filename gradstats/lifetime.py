@@ -9,7 +9,7 @@ several times.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,7 @@ from torch.autograd.variable import Variable
 
 from gradstats.account import Uses
 from gradstats.errors import CoverageError, LifetimeError
+from gradstats.sampling import Sampling, Turns, tell_of_steps
 
 if TYPE_CHECKING:
     from gradstats.account import Account
@@ -27,14 +28,20 @@ if TYPE_CHECKING:
 class Lifetime:
     """The current window of one attached model, and what is under way."""
 
-    def __init__(self, accounts: list[Account]):
-        self.accounts = accounts
+    def __init__(self, accounts: list[Account], sampling: Sampling):
+        self.accounts, self.sampling = accounts, sampling
+        self.turns = Turns(sampling.every)
+        if sampling.every > 1:
+            tell_of_steps(self)
         self.sizes: dict[int, int] = {}  # generation -> examples backpropagated, in this window
+        self.plain: set[int] = set()  # those of these generations that were not gathered
+        self._drawn: dict[int, Tensor] = {}  # by generation, the examples drawn in the backward pass under way
         self.generation = 0
         self.first_open = 0  # the first generation after the last backward pass
         self.backward_passes = 0
         self.started = False  # a leaf has been reached in the backward pass under way
         self.current = 0  # the generation that it is going through
+        self._gathers = True  # whether it gathers
         self._tasks: set[int] = set()  # its graph tasks, nested ones included
         self._ended: set[int] = set()  # those of them that have ended
         self._suspicions: list[tuple[int, Account, CoverageError]] = []
@@ -45,6 +52,12 @@ class Lifetime:
         self._recomputed: dict[Account, tuple[Uses, Tensor | None]] = {}  # the same in a backward pass
 
     # Forward
+
+    def look_ahead(self) -> None:
+        """Before an outermost call: have the gradients been zeroed, so that a new window is to begin?"""
+        unknown = self.turns.every > 1 and self.turns.goes_on and not in_backward()
+        if unknown and any(account.fresh for account in self.accounts if account.generations):
+            self.turns.end()
 
     def enter(self, module: nn.Module, examples: int) -> None:
         """An outermost call into the attached model begins."""
@@ -78,6 +91,25 @@ class Lifetime:
             self._close()
         return self.generation
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the forward under way does, or the part of it that is recomputed in a backward pass."""
+        return self._gathers if self.started and in_backward() else self.turns.gathers
+
+    @property
+    def passes_plainly(self) -> bool:
+        """Whether a backward pass is under way that gathers nothing."""
+        return self.started and not self._gathers
+
+    def drawn(self, generation: int, n: int, device: torch.device) -> Tensor | None:
+        """The examples that sums are over (m,), the same in every layer; None for all n of them."""
+        if self.sampling.fraction == 1:
+            return None
+        if generation not in self._drawn:
+            self._drawn[generation] = self.sampling.draw(n)
+        index = self._drawn[generation]
+        return None if len(index) == n else index.to(device, non_blocking=True)
+
     def uses_of(self, account: Account) -> tuple[Uses, Tensor | None]:
         """The uses of a parameter by the forward under way, and the link to the first of them, None for the first."""
         return self._open().setdefault(account, (Uses(account.name), None))
@@ -100,8 +132,8 @@ class Lifetime:
 
     # Backward
 
-    def begin_backward(self, title: str, used: Collection[Use], n: int, generation: int) -> None:
-        """Called once a leaf's call, before gradients are accumulated; `title` names its module."""
+    def _reach(self, title: str, accounts: Sequence[Account], n: int, generation: int, gathers: bool) -> None:
+        """A leaf's call is reached, before gradients are accumulated."""
         self._watch()
         if not self.started:
             self.started = True
@@ -110,7 +142,12 @@ class Lifetime:
                 account.begin_pass()
             if all(account.fresh for account in self.accounts if account.trainable):
                 self.zero()
-        self.current = generation
+                self.turns.begin(gathers)
+            elif self.turns.every > 1 and any(account.fresh for account in self.accounts if account.generations):
+                self.turns.begin(gathers)  # of these parameters: the gradients of others are kept
+        self.current, self._gathers = generation, gathers
+        if not gathers:
+            self.plain.add(generation)
         size = self.sizes.setdefault(generation, n)
         if size != n:
             raise CoverageError(
@@ -118,8 +155,19 @@ class Lifetime:
                 f"dimension of every input must run over the examples. Call the layers from one module's forward, and "
                 f"attach that module."
             )
-        for account, _, collects in used:
+        for account in accounts:
             account.begin_use(self.backward_passes, self.first_open)
+
+    def begin_plain(self, title: str, accounts: Sequence[Account], n: int, generation: int) -> None:
+        """The same as `begin_backward` for a leaf's call that gathers nothing."""
+        self._reach(title, accounts, n, generation, gathers=False)
+        for account in accounts:
+            account.generations.add(generation)
+
+    def begin_backward(self, title: str, used: Collection[Use], n: int, generation: int) -> None:
+        """Called once a leaf's call, before gradients are accumulated; `title` names its module."""
+        self._reach(title, [use.account for use in used], n, generation, gathers=True)
+        for account, _, collects in used:
             if not collects:
                 continue
             self._recomputed.pop(account, None)
@@ -140,6 +188,7 @@ class Lifetime:
     def zero(self) -> None:
         """A new window begins."""
         self.sizes.clear()
+        self.plain.clear()
         for account in self.accounts:
             account.reset(first=0)
 
@@ -165,6 +214,9 @@ class Lifetime:
         self._ended.clear()
         self._suspicions.clear()
         self._recomputed.clear()
+        self._drawn.clear()
+        if self.started:
+            self.turns.close()
         self.started = False
         self.generation += 1
         self.first_open = self.generation

@@ -63,13 +63,15 @@ def _(call, token, n):
 
 @torch.library.custom_op("gradstats::returned", mutates_args=())
 def returned(
-    token: Tensor, call: Tensor, names: str, kinds: str, gradients: list[Tensor], steps: list[Tensor]
+    token: Tensor, call: Tensor, names: str, kinds: str, gradients: list[Tensor], steps: list[Tensor], gathers: bool
 ) -> Tensor:
     """Records what a leaf's backward returns for the parameters `names`, a line each; `steps` are the sums `kinds` of
-    each that autograd does not accumulate."""
+    each that autograd does not accumulate. Without `gathers`, nothing but that it was reached."""
     leaf, (generation, n) = _leaves[int(token)], call.tolist()
-    if leaf.accumulates():
-        accounts = {name: leaf.accounts[name] for name in names.splitlines()}
+    accounts = {name: leaf.accounts[name] for name in names.splitlines()}
+    if leaf.accumulates() and not gathers:
+        leaf.handle.lifetime.begin_plain(leaf.title, list(accounts.values()), n, generation)
+    elif leaf.accumulates():
         used = {name: Use(account, Uses(account.name, units=n), collects=True) for name, account in accounts.items()}
         # Clones, since the compiler reuses the memory of what is no output of the graph.
         clones = dict(zip(product(used, kinds.splitlines()), [step.clone() for step in steps], strict=True))
@@ -78,21 +80,30 @@ def returned(
 
 
 @returned.register_fake
-def _(token, call, names, kinds, gradients, steps):
+def _(token, call, names, kinds, gradients, steps, gathers):
     return torch.empty_like(token)
 
 
 @torch.library.custom_op("gradstats::sums", mutates_args=())
-def sums(form: str, tensors: list[Tensor], integers: list[int], token: Tensor, name: str, kinds: str) -> list[Tensor]:
+def sums(
+    form: str, tensors: list[Tensor], integers: list[int], token: Tensor, call: Tensor, name: str, kinds: str
+) -> list[Tensor]:
     """Contribution.sums to the parameter `name` of a leaf, of the form rebuilt from its operands."""
     contribution = Contribution.FORMS[form].of(tensors, integers)
-    contribution.parameter = _leaves[int(token)].accounts[name].name
-    gradient, found = contribution.sums(kinds.splitlines())
-    return [gradient, *(found[kind] for kind in kinds.splitlines())]
+    leaf = _leaves[int(token)]
+    contribution.parameter = leaf.accounts[name].name
+    contribution.statistics_dtype = leaf.handle.statistics_dtype
+    generation, n = call.tolist()
+    index, names = leaf.handle.lifetime.drawn(generation, n, contribution.device), kinds.splitlines()
+    if index is None:
+        gradient, found = contribution.sums(names)
+        return [gradient, *(found[kind] for kind in names)]
+    gradient, found = contribution.sums_over(index, names)
+    return [gradient, *(found[kind] * (contribution.count / len(index)) for kind in names)]
 
 
 @sums.register_fake
-def _(form, tensors, integers, token, name, kinds):
+def _(form, tensors, integers, token, call, name, kinds):
     c = Contribution.FORMS[form].of(tensors, integers)
     shapes = [(c.shape, c.dtype)]
     shapes += [(SUMS[kind].shape(c.count, c.shape), SUMS[kind].dtype(c.dtype)) for kind in kinds.splitlines()]
@@ -100,12 +111,12 @@ def _(form, tensors, integers, token, name, kinds):
 
 
 def reduce(
-    contribution: Contribution, token: Tensor, name: str, kinds: tuple[str, ...]
+    contribution: Contribution, token: Tensor, call: Tensor, name: str, kinds: tuple[str, ...], draws: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The gradient and the sums, in the graph where they can be traced."""
-    if isinstance(contribution, Dense | Outer) and DIRECT.issuperset(kinds):
+    """The gradient and the sums, in the graph where they can be traced; if it `draws`, over a part of the examples."""
+    if isinstance(contribution, Dense | Outer) and DIRECT.issuperset(kinds) and not draws:
         return contribution.sums(kinds)
     tensors, integers = contribution.operands
     form = type(contribution).__name__
-    gradient, *found = sums(form, list(tensors), list(integers), token, name, "\n".join(kinds))
+    gradient, *found = sums(form, list(tensors), list(integers), token, call, name, "\n".join(kinds))
     return gradient, dict(zip(kinds, found, strict=True))

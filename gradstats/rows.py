@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
+from gradstats import kernels
 from gradstats.blocks import BLOCK, Contribution
 from gradstats.sums import Block, wide
 
@@ -48,6 +49,10 @@ class Rows(Contribution):
         return values.new_zeros(self.shape).index_add_(0, self.ids.flatten(), values.flatten(0, 1))
 
     def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        if kernels.available(self.d):
+            from gradstats.kernels import rows
+
+            return rows.sums(self.ids, self.d, self.rows, names)
         squares, found = self.summed().square(), {}
         if "sum_of_squares" in names:
             found["sum_of_squares"] = self._table(squares)
@@ -76,6 +81,9 @@ class Rows(Contribution):
 
     def per_token(self) -> Contribution:
         return Rows(self.ids.reshape(-1, 1), self.d.reshape(-1, 1, self.d.shape[2]), self.rows)
+
+    def subset(self, index: Tensor) -> Contribution:
+        return Rows(self.ids[index], self.d[index], self.rows)
 
     def merged(self, size: int) -> Contribution:
         t = size * self.ids.shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gradstats.arguments import ExampleDims
 from gradstats.caller import LEAF
+from gradstats.choice import unmeasured
 from gradstats.compute import LossFunction, call, compute
 from gradstats.definitions import comparable, define
 from gradstats.errors import GradstatsError, VerificationError
+from gradstats.products import ROUNDING
 from gradstats.statistics import Wanted, statistic_of
 
 # Beside the largest of its kind in the model, what is as good as zero.
@@ -68,6 +71,7 @@ def verify(
     ignore: Sequence[str] = (),
     example_dims: ExampleDims = 0,
     dtype: torch.dtype = torch.float64,
+    statistics_dtype: torch.dtype | None = None,
     tolerance: float | None = None,
 ) -> Verification:
     """Compares statistics with the oracle: one backward pass per example, with that example's share of the batch loss's
@@ -84,7 +88,9 @@ def verify(
             the examples where example_dims says if it is a number.
         dtype: in which the statistics under test are computed, on a copy of the model; the oracle's is float64. With
             dropout, which draws other masks in another dtype, leave it at float64.
-        tolerance: of the error; None takes 1e-8 for float64, 1e-4 for float32.
+        statistics_dtype: as for `attach`; the table then shows what it costs in precision.
+        tolerance: of the error; None takes 1e-8 for float64, 1e-4 for float32, 5e-2 for bfloat16 and 5e-3 for float16,
+            to which statistics in bfloat16 add 2^-7.
 
     Returns: the table of errors. Raises: VerificationError naming the worst parameter if any error is above the
     tolerance.
@@ -93,7 +99,7 @@ def verify(
         raise GradstatsError("verify attaches a copy of its own: detach() the model first, or verify before attach")
     if granularity == "token":
         raise GradstatsError("verify has no oracle for single positions: choose 'example' or 'microbatch'")
-    limit = TOLERANCES[dtype] if tolerance is None else tolerance
+    limit = tolerance_of(dtype, statistics_dtype) if tolerance is None else tolerance
     menu = [statistic_of(wanted) for wanted in statistics]
     state = torch.random.get_rng_state()
     contributions = per_example_oracle(
@@ -105,19 +111,23 @@ def verify(
     )
     torch.random.set_rng_state(state)
     tested = cast(copy.deepcopy(model), dtype)
-    found = compute(
-        tested,
-        loss_fn,
-        cast(x, dtype),
-        cast(y, dtype),
-        menu,
-        engine,
-        loss_reduction,
-        granularity,
-        microbatch_size,
-        ignore,
-        example_dims,
-    )
+    # The error that a reduced precision permits, although this process may find the exact way as fast.
+    first_ways = nullcontext() if statistics_dtype is None else unmeasured()
+    with first_ways:
+        found = compute(
+            tested,
+            loss_fn,
+            cast(x, dtype),
+            cast(y, dtype),
+            menu,
+            engine,
+            loss_reduction,
+            granularity,
+            microbatch_size,
+            ignore,
+            example_dims,
+            statistics_dtype,
+        )
     gradients = {}
     for name, c in contributions.items():
         c = c.unflatten(0, (-1, microbatch_size)).sum(1) if microbatch_size else c
@@ -147,6 +157,11 @@ def verify(
             f"above {limit:.0e}.\n{result}"
         )
     return result
+
+
+def tolerance_of(dtype: torch.dtype, statistics_dtype: torch.dtype | None) -> float:
+    """What the dtypes can do."""
+    return TOLERANCES[dtype] + (0.0 if statistics_dtype is None else ROUNDING[statistics_dtype])
 
 
 def per_example_oracle(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, dim: int = 0) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -21,14 +20,14 @@ from gradstats.errors import GradstatsError
 from gradstats.sums import RawSum, wide
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """What was backpropagated since the gradient was last None.
 
     `sums` maps keys of raw sums to those of one parameter; `gradient` is sum_b c_b, that is p.grad; `batch_size` counts
     examples, or positions or micro-batches where that granularity was asked for; `elements` those of the parameter.
     `loss_scale` is what a GradScaler multiplied the loss by, and `gradient_scale` what `gradient` still carries of it.
     `factor` is what `gradient` was multiplied by since the backward pass, where that is followed; `sums` were not.
+    `sampled`: only a part of what is seen is gathered, in this window or in others.
     """
 
     sums: Mapping[str, Tensor]
@@ -39,6 +38,7 @@ class Window:
     loss_scale: float = 1.0
     gradient_scale: float = 1.0
     factor: float = 1.0
+    sampled: bool = False
 
     @property
     def scale(self) -> float:
@@ -99,7 +99,7 @@ class Statistic(ABC):
             for window in windows[1:]:
                 sums[raw.key] = raw.merge(sums[raw.key], window.sums[raw.key])
         elements = sum(window.elements for window in windows)
-        return self.read(replace(windows[0], sums=sums, gradient=None, elements=elements))
+        return self.read(windows[0]._replace(sums=sums, gradient=None, elements=elements))
 
 
 class BlockStatistic(RawSum, Statistic):

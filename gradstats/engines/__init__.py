@@ -6,6 +6,7 @@ from functools import partial
 from gradstats.engines.fused import FusedHandle
 from gradstats.engines.microbatch import MicrobatchHandle
 from gradstats.engines.opacus import OpacusHandle
+from gradstats.engines.random_sign import RandomSignHandle
 from gradstats.handle import Handle
 
 ENGINES: dict[str, Callable[..., Handle]] = {
@@ -13,4 +14,5 @@ ENGINES: dict[str, Callable[..., Handle]] = {
     "vmap": partial(FusedHandle, whole=True),
     "opacus": OpacusHandle,
     "microbatch": MicrobatchHandle,
+    "random_sign": RandomSignHandle,
 }

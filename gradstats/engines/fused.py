@@ -27,8 +27,11 @@ from gradstats.handle import Handle
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
 from gradstats.probe import Probe
+from gradstats.reading import ByParameter
 from gradstats.rules import Composite, Rule, fallback, find
 from gradstats.rules.registry import checked, refuse_coupling
+from gradstats.sampling import Sampling, Turns
+from gradstats.statistics import Wanted
 from gradstats.swap import swap, unswap
 
 
@@ -44,10 +47,13 @@ class FusedHandle(Handle):
         example_dims: ExampleDims = 0,
         granularity: str = "example",
         microbatch_size: int | None = None,
+        sampling: Sampling | None = None,
         whole: bool = False,
     ):
         super().__init__(model, statistics, loss_reduction, granularity, microbatch_size)
         self.example_dims = example_dims
+        self.sampling = sampling or Sampling()
+        self.sampling.check(granularity, self.statistics.values())
         self.leaves: list[Leaf] = []
         self.accounts: dict[str, Account] = {}  # by full name of the parameter
         self.callers: list[nn.Module] = []
@@ -74,7 +80,7 @@ class FusedHandle(Handle):
     def _begin(self) -> None:
         self._names = {}
         self.probing: Forwards | None = None
-        self.lifetime = Lifetime(list(self.accounts.values()))
+        self.lifetime = Lifetime(list(self.accounts.values()), self.sampling)
 
     # Calls
 
@@ -112,7 +118,9 @@ class FusedHandle(Handle):
         for norm in self.batch_norms:
             refuse_coupling(norm)
         count = count_examples(args, kwargs, self.example_dims)
-        self._probe_once(module, args, kwargs)
+        self.lifetime.look_ahead()
+        if self.lifetime.gathers:
+            self._probe_once(module, args, kwargs)
         self.lifetime.enter(module, count)
 
     def _probe_once(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -231,16 +239,26 @@ class FusedHandle(Handle):
 
     # Reading
 
+    def read(self, statistic: Wanted) -> ByParameter:
+        entries = super().read(statistic)
+        self.sampling.check_statistic(entries.statistic)
+        return entries
+
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: account.parameter for name, account in self.accounts.items() if account.present}
 
     def parameter(self, name: str) -> nn.Parameter | None:
         account = self.accounts.get(name)
-        return account.parameter if account is not None and account.present else None
+        return None if account is None else account.holder.get(account.attribute)
 
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         account, found = self.accounts[name], {}
         account.check()
+        if needs and not account.gathered:
+            raise MissingStatistic(
+                f"parameter '{name}' has no statistics in this window: they are gathered in every "
+                f"{self.sampling.every}th one only (every={self.sampling.every}). Ask stats.gathered before reading"
+            )
         for need in needs:
             value = account.value(need)
             if value is None:
@@ -253,6 +271,22 @@ class FusedHandle(Handle):
 
     def left(self, name: str) -> Left | None:
         return self.accounts[name].left
+
+    @property
+    def every(self) -> int:
+        return self.sampling.every
+
+    @property
+    def sampled(self) -> bool:
+        return self.sampling.every > 1 or self.sampling.fraction < 1
+
+    def skipped(self, name: str) -> bool:
+        account = self.accounts[name]
+        return self.every > 1 and bool(account.generations) and not account.gathered
+
+    @property
+    def gathered(self) -> bool:
+        return any(account.gathered for account in self.accounts.values())
 
     def has(self, name: str) -> bool:
         return bool(self.accounts[name].generations)
@@ -283,3 +317,4 @@ class FusedHandle(Handle):
 
     def zero(self) -> None:
         self.lifetime.zero()
+        self.lifetime.turns = Turns(self.sampling.every)

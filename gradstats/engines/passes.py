@@ -1,7 +1,7 @@
-"""Which backward pass is of which forward: watches a model from outside, whatever it is made of.
+"""What a backward pass adds, and which forwards it is of: watches a model from outside, whatever it is made of.
 
-A hook on what the model returns tells which forwards a backward pass goes through, and hooks on the nodes that
-accumulate gradients tell what it adds to each parameter. torch.autograd.grad accumulates nothing and leaves no trace.
+Hooks on the nodes that accumulate gradients tell what a backward pass adds to each parameter, and a hook on what the
+model returns, which forwards it goes through. torch.autograd.grad accumulates nothing and leaves no trace.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from gradstats.errors import CoverageError, LifetimeError
 from gradstats.lifetime import in_backward
 
 if TYPE_CHECKING:
-    from gradstats.engines.microbatch import MicrobatchHandle
+    from gradstats.engines.outside import OutsideHandle
 
 
 @dataclass(eq=False)
 class Forward:
     """A call of the model with gradients."""
 
-    generation: int  # calls between the same two backward passes share it
+    generation: tuple[int, int]  # calls between the same two backward passes share it
     examples: int
 
 
@@ -47,51 +47,29 @@ class Pass:
 class Passes:
     """Of one model; tells `handle` of the end of every backward pass that accumulated."""
 
-    def __init__(self, handle: MicrobatchHandle, ignored: Collection[str], example_dims: ExampleDims):
-        self.handle, self.model, self.ignored, self.example_dims = handle, handle.model, ignored, example_dims
+    def __init__(self, handle: OutsideHandle, ignored: Collection[str]):
+        self.handle, self.model, self.ignored = handle, handle.model, ignored
         self.parameters: dict[str, nn.Parameter] = {}
         self.current: Pass | None = None
+        self.ended = 0  # backward passes, those that accumulated nothing included
         self._accumulators: dict[str, tuple[Any, Any]] = {}  # by parameter, the node that adds to p.grad, and its hook
-        self._generation = 0
-        self._used: set[int] = set()  # generations of the forwards backpropagated since `forget`
-        self._follow()
-        self._hook = self.model.register_forward_hook(self._forward, with_kwargs=True)
+        self.follow()
+        self._hook = self.model.register_forward_hook(self._forward)  # and so the model keeps the handle
 
     def close(self) -> None:
         self._hook.remove()
         for _, hook in self._accumulators.values():
             hook.remove()
+        self.parameters = {}
 
-    def new_examples(self) -> None:
-        self._generation += 1
+    def begin(self) -> None:
+        """Before a backward pass: parameters may have been moved or replaced, and the last one cut short by an
+        exception."""
+        self.current = None
+        self.follow()
 
-    def forget(self) -> None:
-        self._used.clear()
-
-    # Forward
-
-    @torch.compiler.disable
-    def _forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.is_grad_enabled():
-            return
-        if in_backward():
-            self._watch()
-        else:
-            self.current = None  # or it was cut short by an exception
-        self._follow()
-        forward = Forward(self._generation, count_examples(args, kwargs, self.example_dims))
-        marked = [o for o in tree_leaves(output) if isinstance(o, Tensor) and o.requires_grad and not o.is_leaf]
-        for o in marked:
-            o.register_hook(lambda gradient: self._reaches(forward))
-        if not marked:
-            raise CoverageError(
-                f"{type(model).__name__} returns no tensor that depends on its parameters (alone, or in a tuple, list "
-                f"or dict), so that no backward pass could be seen to go through it. Call it under torch.no_grad(), or "
-                f"attach the module that returns tensors"
-            )
-
-    def _follow(self) -> None:
-        """Hooks the nodes that accumulate gradients; parameters may have been moved or replaced since."""
+    def follow(self) -> None:
+        """Hooks the nodes that accumulate gradients."""
         self.parameters = {name: p for name, p in self.model.named_parameters() if name not in self.ignored}
         for name, p in self.parameters.items():
             if not (p.requires_grad and p.is_leaf):
@@ -108,9 +86,16 @@ class Passes:
                 self._accumulators[name] = node, node.register_prehook(lambda d, name=name: self._arrives(name, *d))
                 self.handle.register(p, name)
 
-    # Backward
+    @torch.compiler.disable
+    def _forward(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            if in_backward():
+                self.watch()
+                self.follow()
+            else:
+                self.begin()
 
-    def _watch(self) -> Pass:
+    def watch(self) -> Pass:
         """The backward pass under way. It ends with the last of its graph tasks: reentrant checkpointing nests them."""
         if self.current is None:
             self.current = Pass()
@@ -120,16 +105,11 @@ class Passes:
             Variable._execution_engine.queue_callback(lambda: self._end(current, task))
         return current
 
-    def _reaches(self, forward: Forward) -> None:
-        forwards = self._watch().forwards
-        if forward not in forwards:
-            forwards.append(forward)
-
     def _arrives(self, name: str, gradient: Tensor | None) -> None:
         """Before `gradient` is accumulated."""
         if gradient is None:
             return
-        current = self._watch()
+        current = self.watch()
         if name in current.arrived:
             current.arrived[name] = current.arrived[name] + gradient
             return
@@ -144,9 +124,49 @@ class Passes:
         if current.tasks or self.current is not current:
             return
         self.current = None
-        self._generation += 1
+        self.ended += 1
         if current.arrived:
             self.handle.commit(current)
+
+
+class Forwards:
+    """Calls of a model with gradients, and which of them a backward pass goes through."""
+
+    def __init__(self, passes: Passes, example_dims: ExampleDims):
+        self.passes, self.model, self.example_dims = passes, passes.model, example_dims
+        self._declared = 0  # times that the user said that examples are new
+        self._used: set[tuple[int, int]] = set()  # generations of the forwards backpropagated since `forget`
+        self._hook = self.model.register_forward_hook(self._forward, with_kwargs=True)
+
+    def close(self) -> None:
+        self._hook.remove()
+
+    def new_examples(self) -> None:
+        self._declared += 1
+
+    def forget(self) -> None:
+        self._used.clear()
+
+    @torch.compiler.disable
+    def _forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        generation = self.passes.ended, self._declared
+        forward = Forward(generation, count_examples(args, kwargs, self.example_dims))
+        marked = [o for o in tree_leaves(output) if isinstance(o, Tensor) and o.requires_grad and not o.is_leaf]
+        for o in marked:
+            o.register_hook(lambda gradient: self._reaches(forward))
+        if not marked:
+            raise CoverageError(
+                f"{type(model).__name__} returns no tensor that depends on its parameters (alone, or in a tuple, list "
+                f"or dict), so that no backward pass could be seen to go through it. Call it under torch.no_grad(), or "
+                f"attach the module that returns tensors"
+            )
+
+    def _reaches(self, forward: Forward) -> None:
+        forwards = self.passes.watch().forwards
+        if forward not in forwards:
+            forwards.append(forward)
 
     def examples(self, forwards: Sequence[Forward]) -> int:
         """How many examples a backward pass was over. Raises: LifetimeError if that cannot be told."""

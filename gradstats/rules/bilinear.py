@@ -53,6 +53,9 @@ class Products(Streamed):
     def per_token(self) -> Contribution:
         return Products(*(factor.flatten(0, 1).unsqueeze(1) for factor in (self.d, self.x, self.z)))
 
+    def subset(self, index: Tensor) -> Contribution:
+        return Products(self.d[index], self.x[index], self.z[index])
+
     def merged(self, size: int) -> Contribution:
         return Products(*(f.reshape(-1, size * f.shape[1], f.shape[2]) for f in (self.d, self.x, self.z)))
 

@@ -2,75 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from gradstats.contribution import Contribution, PositionSum, Streamed
+from gradstats.contribution import Contribution, PositionSum
+from gradstats.rules.convolution_weight import ConvolutionWeight, Settings
 from gradstats.rules.registry import Rule, rule
-
-aten = torch.ops.aten
-
-
-class Settings(NamedTuple):
-    """What torch's kernel takes beside tensors, in its order."""
-
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    transposed: bool
-    output_padding: list[int]
-    groups: int
-
-    def input_gradient(self, d: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return aten.convolution_backward(d, x, weight, None, *self, [True, False, False])[0]
-
-    def weight_gradient(self, d: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return aten.convolution_backward(d, x, weight, None, *self, [False, True, False])[1]
-
-
-class ConvolutionWeight(Streamed):
-    """c_b is the weight gradient of a convolution over example b alone: x (n, i, ...), d (n, o, ...)."""
-
-    def __init__(self, d: Tensor, x: Tensor, weight: Tensor, settings: Settings):
-        self.d, self.x, self.weight, self.settings = d, x, weight, settings
-        self.count, self.shape, self.dtype, self.device = d.shape[0], tuple(weight.shape), d.dtype, d.device
-
-    @property
-    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        s = self.settings
-        return (self.d, self.x, self.weight), (
-            *s.stride,
-            *s.padding,
-            *s.dilation,
-            s.transposed,
-            *s.output_padding,
-            s.groups,
-        )
-
-    @classmethod
-    def of(cls, tensors, integers):
-        k = tensors[0].dim() - 2
-        s = list(integers)
-        settings = Settings(s[:k], s[k : 2 * k], s[2 * k : 3 * k], bool(s[3 * k]), s[3 * k + 1 : -1], s[-1])
-        return cls(*tensors, settings)
-
-    def example(self, n: int) -> Tensor:
-        return self.settings.weight_gradient(self.d[n : n + 1], self.x[n : n + 1], self.weight)
-
-    def tile(self, rows: slice, columns: slice) -> Tensor:
-        if self.settings.groups > 1:
-            return super().tile(rows, columns)
-        # The weight's rows are channels of the output, or of the input of a transposed convolution.
-        d, x = (self.d, self.x[:, rows]) if self.settings.transposed else (self.d[:, rows], self.x)
-        part = ConvolutionWeight(d, x, self.weight[rows], self.settings)
-        return torch.stack([part.example(n).flatten(1)[:, columns] for n in range(self.count)])
-
-    def gradient(self) -> Tensor:
-        return self.settings.weight_gradient(self.d, self.x, self.weight)
 
 
 def contributions_of(

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from gradstats.contribution import Contribution, PositionSum
+from gradstats import kernels
+from gradstats.contribution import Contribution, Dense, PositionSum
 from gradstats.rules.registry import Rule, refuse, refuse_coupling, rule
-from gradstats.sums import wide
+from gradstats.sums import accumulation_dtype, wide
 
 aten = torch.ops.aten
+
+
+class Summed(Dense):
+    """c (n, *shape) from torch's own kernel; those of positions (n, positions..., *shape) only when asked for."""
+
+    def __init__(self, c: Tensor, positions: Callable[[], Contribution]):
+        super().__init__(c)
+        self.positions = positions
+
+    def per_token(self) -> Contribution:
+        return self.positions().per_token()
 
 
 def affine(d: Tensor, xhat: Tensor, keep: int, wanted: frozenset[str]) -> dict[str, Contribution]:
@@ -23,6 +37,20 @@ def affine(d: Tensor, xhat: Tensor, keep: int, wanted: frozenset[str]) -> dict[s
     if "bias" in wanted:
         contributions["bias"] = PositionSum(d, keep)
     return contributions
+
+
+def by_kernel(
+    d: Tensor, x: Tensor, weight: Tensor, eps: float, centered: bool, wanted: frozenset[str], xhat: Callable[[], Tensor]
+) -> tuple[Tensor | None, dict[str, Contribution]]:
+    """The backward pass of LayerNorm (`centered`) and RMSNorm on a device that has our kernel."""
+    from gradstats.kernels import normalization
+
+    grad_input, *found = normalization.backward(d, x, weight, eps, centered, wanted)
+    contributions: dict[str, Contribution] = {}
+    for name, c in zip(("weight", "bias"), found, strict=True):
+        if c is not None and name in wanted:
+            contributions[name] = Summed(c, lambda name=name: affine(d, xhat(), weight.dim(), wanted)[name])  # type: ignore[misc]
+    return grad_input, contributions
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -53,8 +81,10 @@ class LayerNorm(Rule):
 
     @staticmethod
     def backward(options, saved, d, wanted):
-        shape, _ = options
+        shape, eps = options
         x, weight, mean, rstd = saved
+        if kernels.available(d, x) and weight.numel() <= kernels.LONGEST_ROW:
+            return by_kernel(d, x, weight, eps, True, wanted, lambda: (x - mean) * rstd)
         grad_input = None
         if "input" in wanted:
             grad_input = aten.native_layer_norm_backward(d, x, shape, mean, rstd, weight, None, [True, False, False])[0]
@@ -85,10 +115,14 @@ class RMSNorm(Rule):
     def backward(options, saved, d, wanted):
         shape, eps = options
         x, weight = saved
+        if kernels.available(d, x) and weight.numel() <= kernels.LONGEST_ROW and eps is not None:
+            return by_kernel(d, x, weight, eps, False, wanted, lambda: F.rms_norm(x, shape, None, eps))
+        xhat, rstd = aten._fused_rms_norm(x, shape, None, eps)  # which knows torch's default eps
         grad_input = None
-        if "input" in wanted:  # torch's own, since its default eps depends on its version and the dtype
-            grad_input = torch.func.vjp(lambda x: F.rms_norm(x, shape, weight, eps), x)[1](d)[0]
-        return grad_input, affine(d, F.rms_norm(x, shape, None, eps), len(shape), wanted)
+        if "input" in wanted:
+            d_xhat, dims = wide(d) * weight, tuple(range(-len(shape), 0))
+            grad_input = (d_xhat - xhat * (d_xhat * xhat).mean(dims, keepdim=True)).mul_(rstd).to(x.dtype)
+        return grad_input, affine(d, xhat, len(shape), wanted)
 
 
 @rule(nn.GroupNorm)
@@ -115,13 +149,28 @@ class GroupNorm(Rule):
         groups, _ = options
         x, weight, mean, rstd = saved
         n, c, positions = x.shape[0], x.shape[1], x[0, 0].numel()
-        grad_input = None
-        if "input" in wanted:
-            grad_input = aten.native_group_norm_backward(
-                d.contiguous(), x, mean, rstd, weight, n, c, positions, groups, [True, False, False]
-            )[0]
-        xhat = (x.reshape(n, groups, -1) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-        return grad_input, affine(channels_last(d), channels_last(xhat.reshape(x.shape)), 1, wanted)
+        d = d.contiguous()
+
+        def by_position() -> dict[str, Contribution]:
+            xhat = (x.reshape(n, groups, -1) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+            return affine(channels_last(d), channels_last(xhat.reshape(x.shape)), 1, wanted)
+
+        if x.dtype != accumulation_dtype(x.dtype):  # the kernel would round contributions before they are squared
+            grad_input = None
+            if "input" in wanted:
+                grad_input = aten.native_group_norm_backward(
+                    d, x, mean, rstd, weight, n, c, positions, groups, [True, False, False]
+                )[0]
+            return grad_input, by_position()
+        # One example of n c channels in n groups of groups: its parameters' gradients are the contributions.
+        asked = [name in wanted for name in ("input", "weight", "bias")]
+        own = (mean.view(1, -1), rstd.view(1, -1), weight.repeat(n), 1, n * c, positions, n * groups)
+        grad_input, *found = aten.native_group_norm_backward(d, x, *own, asked)
+        return grad_input, {
+            name: Summed(value.view(n, c), lambda name=name: by_position()[name])
+            for name, value, ask in zip(("weight", "bias"), found, asked[1:], strict=True)
+            if ask
+        }
 
 
 @rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gradstats.rules.convolution import Settings, contributions_of
+from gradstats.rules.convolution import contributions_of
+from gradstats.rules.convolution_weight import Settings
 from gradstats.rules.registry import Rule, rule
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from gradstats.blocks import BLOCK, Contribution
 from gradstats.contribution import Dense, Groups, Outer, OuterSum, PositionSum, Streamed
 from gradstats.errors import CoverageError
+from gradstats.native.build import compiler
 from gradstats.rows import Rows
 from gradstats.rules.convolution import Convolution
 from gradstats.statistics import STATISTICS
@@ -152,11 +153,49 @@ def test_the_fast_ways(n, t, i, o, seed):
                 torch.testing.assert_close(found[name], DEFINITIONS[name](c))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("sizes", [(5, 2, 6, 3), (3, 40, 6, 4), (2, 40, 300, 500)])
+@pytest.mark.parametrize("names", [BOTH, BOTH[:1], BOTH[1:]])
+def test_every_way_to_a_sum_over_positions(names, sizes, compiled, monkeypatch):
+    if compiled and compiler() is None:
+        pytest.skip("no C++ compiler")
+    if not compiled:
+        monkeypatch.setattr("gradstats.native.library", lambda: None)
+    n, t, o, i = sizes
+    d, a = randn(n, t, o), randn(n, t, i)
+    c = torch.einsum("nto,nti->noi", d, a)
+    ways = OuterSum(d, a).ways(names)
+    expected = {"native": compiled, "gram": names == BOTH[1:] and (t == 2 or o == 300), "stream": t == 40}
+    if not compiled and not expected["gram"]:
+        expected |= {"blocks": o < 300, "stream": o == 300}
+    assert list(ways) == [name for name in ("native", "gram", "blocks", "stream") if expected.get(name)]
+    for way in ways.values():
+        gradient, found = way()
+        torch.testing.assert_close(gradient, c.sum(0))
+        assert set(found) == set(names)
+        for name in names:
+            torch.testing.assert_close(found[name], DEFINITIONS[name](c))
+
+
+@pytest.mark.parametrize("names", [BOTH, BOTH[:1], BOTH[1:], (*BOTH, "max_abs")])
+def test_one_position_with_and_without_the_kernel(names, monkeypatch):
+    form, c = outer()
+    kept = {}
+    monkeypatch.setattr("gradstats.choice._chosen", kept)
+    for way in ("native", "products"):
+        kept[("Outer", form.dtype, None, *form.shape, form.count.bit_length())] = way
+        gradient, found = form.sums(names)
+        torch.testing.assert_close(gradient, c.sum(0))
+        assert set(found) == set(names)
+        for name in names:
+            torch.testing.assert_close(found[name], DEFINITIONS[name](c))
+
+
 def test_a_large_parameter_is_streamed_in_parts(monkeypatch):
     """The buffer for one example's contribution is no larger than a block."""
     monkeypatch.setattr("gradstats.contribution.BLOCK", 10)
     form, c = outer_sum()
-    gradient, found = form.sums(BOTH)
+    gradient, found = Streamed.direct(form, BOTH)
     torch.testing.assert_close(gradient, c.sum(0))
     for name in BOTH:
         torch.testing.assert_close(found[name], DEFINITIONS[name](c))
@@ -175,9 +214,12 @@ def test_squares_of_low_precision_are_float32(dtype):
                 assert value.dtype == torch.float32 and value.isfinite().all()
 
 
-def test_norms_alone_never_form_an_example_gradient(monkeypatch):
-    """Few positions go through Gram matrices."""
+@pytest.mark.parametrize("compiled", [True, False])
+def test_norms_alone_never_form_an_example_gradient(compiled, monkeypatch):
+    """Few positions go through Gram matrices, where the kernel does not keep it in registers."""
     form = OuterSum(torch.randn(3, 4, 64), torch.randn(3, 4, 64))
+    if not compiled:
+        monkeypatch.setattr("gradstats.native.library", lambda: None)
     monkeypatch.setattr(OuterSum, "example", lambda self, n: pytest.fail("formed an example's gradient"))
     assert form.sums(("squared_norms",))[1]["squared_norms"].shape == (3,)
 

@@ -1,0 +1,192 @@
+"""What engines share that look into no model: they see what whole backward passes add to p.grad, and nothing else."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gradstats.contribution import Dense
+from gradstats.coverage import ignored, table
+from gradstats.engines.passes import Pass, Passes
+from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
+from gradstats.function import no_autocast
+from gradstats.gradient import Left, fresh, untouched
+from gradstats.handle import Handle, handle_of
+from gradstats.reading import ByParameter
+from gradstats.statistics import SecondMoment, SimpleNoiseScale, Variance, Wanted
+from gradstats.sums import SUMS
+from gradstats.window import Statistic
+
+# Statistics of single examples that sums over several of them estimate without bias.
+ESTIMATED = (SecondMoment, Variance, SimpleNoiseScale)
+
+
+@dataclass
+class Sums:
+    """Of one parameter, over the backward passes since its gradient was last None."""
+
+    first: int  # the first of these passes
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    steps: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # sums with an entry a pass
+    left: Left | None = None  # p.grad after the last pass
+    unseen: bool = False  # p.grad holds more than the passes added
+
+    def add(self, index: int, found: dict[str, Tensor]) -> None:
+        for key, value in found.items():
+            if SUMS[key].per == "example":
+                self.steps.setdefault(key, {})[index] = value
+            else:
+                self.totals[key] = SUMS[key].merge(self.totals[key], value) if key in self.totals else value
+
+
+class OutsideHandle(Handle):
+    """Gathers raw sums over backward passes, each of which adds one gradient to every parameter."""
+
+    engine: ClassVar[str]
+    call: ClassVar[str]  # what backpropagates
+    unseen: ClassVar[str]  # why p.grad may hold more than the passes added
+
+    def __init__(
+        self,
+        model: nn.Module,
+        statistics: Sequence[Wanted],
+        loss_reduction: str,
+        ignore: Sequence[str] = (),
+        granularity: str = "example",
+        microbatch_size: int | None = None,
+    ):
+        super().__init__(model, statistics, loss_reduction, granularity, microbatch_size)
+        if granularity == "token":
+            raise GradstatsError(f"engine {self.engine!r} has no positions: use engine='fused'")
+        for statistic in self.statistics.values():
+            self.check(statistic)
+        if any(handle_of(p) is not None for p in model.parameters()):
+            raise GradstatsError("the model is attached already: use gradstats.attached(model), or detach() it first")
+        self._ignored = ignored(model, ignore)
+        if not any(p.requires_grad for name, p in model.named_parameters() if name not in self._ignored):
+            raise CoverageError(f"{type(model).__name__} has no trainable parameters")
+        self._count = 0  # backward passes so far
+        self._sizes: dict[int, int] = {}  # examples of each of them in this window
+        self._sums: dict[str, Sums] = {}
+        self._passes = Passes(self, self._ignored)
+
+    # What an engine provides
+
+    @abstractmethod
+    def check(self, statistic: Statistic) -> None:
+        """Raises: GradstatsError for what the engine cannot tell."""
+
+    @abstractmethod
+    def examples(self, ended: Pass) -> int:
+        """How many a backward pass was over. Raises: LifetimeError if that cannot be told."""
+
+    @abstractmethod
+    def found(self, name: str, gradient: Tensor) -> dict[str, Tensor]:
+        """What a backward pass that added `gradient` to a parameter adds to its sums."""
+
+    # Backward
+
+    def fresh(self, name: str) -> bool:
+        """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
+        left = self.left(name)
+        return fresh(self.parameters()[name].grad, left.state if left is not None else None)
+
+    def untouched(self, name: str) -> bool:
+        """Whether p.grad is as the last backward pass left it."""
+        left = self.left(name)
+        return left is not None and untouched(self.parameters()[name].grad, left.state)
+
+    def of_one(self, name: str, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A gradient, and its raw sums as if it were the contribution of one example."""
+        contribution = Dense(gradient.unsqueeze(0))
+        contribution.parameter = name
+        with no_autocast(gradient.device.type):
+            return contribution.sums(self.needs)
+
+    @torch.no_grad()
+    def commit(self, ended: Pass) -> None:
+        """Adds a backward pass. Raises: LifetimeError, and forgets all, if its examples cannot be told."""
+        trainable = [name for name, p in self.parameters().items() if p.requires_grad]
+        if all(name in ended.began if name in ended.arrived else self.fresh(name) for name in trainable):
+            self.zero()
+        try:
+            examples = self.examples(ended)
+        except LifetimeError:
+            self.zero()
+            raise
+        self._count += 1
+        self._sizes[self._count] = examples
+        for name, gradient in ended.arrived.items():
+            if name in ended.began or name not in self._sums:
+                self._sums[name] = Sums(self._count)
+            sums = self._sums[name]
+            sums.unseen |= name in ended.changed
+            sums.add(self._count, self.found(name, gradient.to_dense()))
+            grad = self.parameters()[name].grad
+            sums.left = None if grad is None else self.note(grad)
+
+    # Reading
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._passes.parameters
+
+    def read(self, statistic: Wanted) -> ByParameter:
+        entries = super().read(statistic)
+        self.check(entries.statistic)
+        return entries
+
+    def over_passes(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], list[int]]:
+        """Raw sums of one parameter, and the examples of each backward pass that they are over. Raises:
+        MissingStatistic if there are none; LifetimeError if p.grad is not what these passes added."""
+        if self._passes.current is not None:
+            raise LifetimeError(
+                "a backward pass is under way, or was cut short by an exception: read statistics after it, or call "
+                "zero_grad() and backpropagate again"
+            )
+        own = self._sums.get(name)
+        if own is None:
+            raise MissingStatistic(
+                f"parameter '{name}' has no statistics: no backward pass has reached it since they were last zeroed. "
+                f"Call {self.call}"
+            )
+        if own.unseen:
+            raise LifetimeError(f"the gradient of '{name}' holds more than these statistics have seen: {self.unseen}")
+        sizes = {index: size for index, size in self._sizes.items() if index >= own.first}
+        found = {
+            need: SUMS[need].accumulate(own.steps[need], dict.fromkeys(sizes, 1))
+            if SUMS[need].per == "example"
+            else own.totals[need]
+            for need in needs
+        }
+        return found, list(sizes.values())
+
+    def left(self, name: str) -> Left | None:
+        return self._sums[name].left if name in self._sums else None
+
+    def has(self, name: str) -> bool:
+        return name in self._sums
+
+    @property
+    def batch_size(self) -> int:
+        return sum(self._sizes.values())
+
+    def coverage(self) -> str:
+        rows = [(name, p, None, self.engine, "") for name, p in self.parameters().items()]
+        rows += [(name, p, None, "ignored", "named in ignore") for name, p in self._ignored.items()]
+        return table(rows)
+
+    def zero(self) -> None:
+        self._sizes.clear()
+        self._sums.clear()
+
+    def detach(self) -> None:
+        super().detach()
+        self._passes.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise GradstatsError(f"a model attached with engine={self.engine!r} cannot be copied: detach() it first")

@@ -1,0 +1,270 @@
+// For c_b = sum_t d_bt a_bt^T, d (n, t, o), a (n, t, i), in one pass and without a c_b in memory:
+//
+//     gradient  sum_b c_b      (o, i)
+//     squares   sum_b c_b^2    (o, i)
+//     norms     ||c_b||^2      (tasks, n), to be summed over the tasks
+//
+// A task is a part of the parameter, whose rows and columns of d and a are packed, some examples at a time, into
+// memory that stays in cache. Within it, a tile of c_b is formed in registers, then added to the tile's gradient and
+// squares. Tasks do not depend on the number of threads, nor does any result.
+//
+// Index letters: n example, t position, o output, i input.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace {
+
+// Bytes of a vector register, and whether there are 32 of them or 16.
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+constexpr bool MANY_REGISTERS = true;
+#elif defined(__AVX2__)
+constexpr int BYTES = 32;
+constexpr bool MANY_REGISTERS = false;
+#else
+constexpr int BYTES = 16;
+constexpr bool MANY_REGISTERS = true;
+#endif
+
+template <class S>
+struct Vector {
+  typedef S type __attribute__((vector_size(BYTES)));
+  typedef std::conditional_t<sizeof(S) == 4, int32_t, int64_t> mask __attribute__((vector_size(BYTES)));
+  static constexpr int lanes = BYTES / sizeof(S);
+};
+
+template <class V, class S>
+inline V load(const S* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V, class S>
+inline void store(S* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+
+// Up to FEW positions gradient and squares of a tile stay in registers beside c_b; with more, a larger tile loads less.
+constexpr int64_t FEW = 4;
+constexpr int FEW_TALL = 2, FEW_WIDE = MANY_REGISTERS ? 4 : 2, TALL = 4, WIDE = 3;
+// Most rows and columns of a task; rows are rounded up to what the tiles divide.
+constexpr int64_t PART = 192, ROW_UNIT = TALL;
+// Examples times positions packed at once: a column of tiles of them stays in a first-level cache.
+constexpr int64_t DEPTH = 128;
+
+// How a parameter is divided.
+struct Plan {
+  int64_t wide;           // columns of a tile
+  int64_t rows, columns;  // of a task
+  int64_t tasks, tasks_in_row;
+  int64_t examples;  // packed at once
+  int64_t scratch;   // numbers a thread needs
+
+  Plan(int64_t n, int64_t t, int64_t o, int64_t i, int64_t lanes) {
+    wide = (t <= FEW ? FEW_WIDE : WIDE) * lanes;
+    rows = part(o, PART, ROW_UNIT);
+    columns = part(i, PART / wide * wide, wide);
+    tasks_in_row = (i + columns - 1) / columns;
+    tasks = (o + rows - 1) / rows * tasks_in_row;
+    examples = std::min(n, std::max<int64_t>(1, DEPTH / t));
+    scratch = (examples * t * (rows + columns) + examples * lanes + lanes - 1) / lanes * lanes;
+  }
+
+  static int64_t part(int64_t size, int64_t most, int64_t unit) {
+    const int64_t parts = (size + most - 1) / most;
+    return ((size + parts - 1) / parts + unit - 1) / unit * unit;
+  }
+};
+
+template <class In>
+struct Operand {
+  const In* data;
+  int64_t example, position, feature;  // strides
+};
+
+// One row of a packed operand, zeros after `valid` numbers.
+template <class S, class In>
+inline void pack(S* to, const In* from, int64_t stride, int64_t valid, int64_t size) {
+  if (stride == 1)
+    for (int64_t k = 0; k < valid; ++k) to[k] = widen(from[k]);
+  else
+    for (int64_t k = 0; k < valid; ++k) to[k] = widen(from[k * stride]);
+  std::fill(to + valid, to + size, S(0));
+}
+
+// One tile, for the packed examples: d with `height` numbers between positions, a with VECTORS vectors at each. Where
+// the parameter ends within the tile, only `tall` rows and `broad` columns of it count: elsewhere may stand an infinity
+// times zero, which no norm should see.
+template <int ROWS, int VECTORS, bool SQUARES, bool NORMS, class S>
+inline __attribute__((always_inline)) void tile(const S* d, int64_t height, const S* a, int64_t n, int64_t t,
+                                                S* gradient, S* squares, int64_t stride, S* norms, int64_t tall,
+                                                int64_t broad) {
+  using V = typename Vector<S>::type;
+  using M = typename Vector<S>::mask;
+  constexpr int lanes = Vector<S>::lanes;
+  const bool edge = tall < ROWS || broad < VECTORS * lanes;
+  M inside[VECTORS];
+  if (NORMS && edge)
+    for (int k = 0; k < VECTORS * lanes; ++k) inside[k / lanes][k % lanes] = k < broad ? -1 : 0;
+  V g[ROWS][VECTORS], q[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r)
+    for (int k = 0; k < VECTORS; ++k) {
+      g[r][k] = load<V>(gradient + r * stride + k * lanes);
+      if (SQUARES) q[r][k] = load<V>(squares + r * stride + k * lanes);
+    }
+  for (int64_t b = 0; b < n; ++b) {
+    V c[ROWS][VECTORS] = {};
+    for (int64_t s = 0; s < t; ++s, d += height, a += VECTORS * lanes) {
+      V x[VECTORS];
+      for (int k = 0; k < VECTORS; ++k) x[k] = load<V>(a + k * lanes);
+      for (int r = 0; r < ROWS; ++r) {
+        const V y = d[r] - V{};
+        for (int k = 0; k < VECTORS; ++k) c[r][k] += y * x[k];
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int k = 0; k < VECTORS; ++k) {
+        g[r][k] += c[r][k];
+        if (SQUARES) q[r][k] += c[r][k] * c[r][k];
+      }
+    if (NORMS) {
+      V norm = load<V>(norms + b * lanes);
+      for (int r = 0; r < ROWS; ++r)
+        for (int k = 0; k < VECTORS; ++k) {
+          if (edge && r >= tall) continue;
+          const V x = edge ? V(M(c[r][k]) & inside[k]) : c[r][k];
+          norm += x * x;
+        }
+      store(norms + b * lanes, norm);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int k = 0; k < VECTORS; ++k) {
+      store(gradient + r * stride + k * lanes, g[r][k]);
+      if (SQUARES) store(squares + r * stride + k * lanes, q[r][k]);
+    }
+}
+
+template <int ROWS, int VECTORS, bool SQUARES, bool NORMS, class S, class In>
+void task(int64_t index, const Plan& plan, Operand<In> d, Operand<In> a, int64_t n, int64_t t, int64_t o, int64_t i,
+          S* gradient, S* squares, S* norms, S* scratch) {
+  constexpr int lanes = Vector<S>::lanes;
+  constexpr int64_t wide = VECTORS * lanes;
+  const int64_t row = index / plan.tasks_in_row * plan.rows, column = index % plan.tasks_in_row * plan.columns;
+  const int64_t rows = std::min(plan.rows, o - row), columns = std::min(plan.columns, i - column);
+  S* const packed_a = scratch;                                    // (column of tiles, example and position, wide)
+  S* const packed_d = packed_a + plan.examples * t * plan.columns;  // (example and position, plan.rows)
+  S* const norm = packed_d + plan.examples * t * plan.rows;         // (example, lanes)
+  static_assert(ROW_UNIT % ROWS == 0);
+  S edge_gradient[ROWS * wide] = {}, edge_squares[ROWS * wide] = {};
+
+  for (int64_t r = row; r < row + rows; ++r) {
+    std::fill_n(gradient + r * i + column, columns, S(0));
+    if (SQUARES) std::fill_n(squares + r * i + column, columns, S(0));
+  }
+  for (int64_t start = 0; start < n; start += plan.examples) {
+    const int64_t examples = std::min(plan.examples, n - start), depth = examples * t;
+    for (int64_t place = 0; place < depth; ++place) {
+      const int64_t b = start + place / t, s = place % t;
+      pack(packed_d + place * plan.rows, d.data + b * d.example + s * d.position + row * d.feature, d.feature, rows,
+           plan.rows);
+      const In* from = a.data + b * a.example + s * a.position + column * a.feature;
+      for (int64_t k = 0; k < columns; k += wide)
+        pack(packed_a + k * depth + place * wide, from + k * a.feature, a.feature, std::min(wide, columns - k), wide);
+    }
+    if (NORMS) std::fill_n(norm, examples * lanes, S(0));
+
+    for (int64_t k = 0; k < columns; k += wide)
+      for (int64_t r = 0; r < rows; r += ROWS) {
+        const int64_t place = (row + r) * i + column + k;
+        const int64_t tall = std::min<int64_t>(ROWS, rows - r), broad = std::min(wide, columns - k);
+        S* const g = gradient + place;
+        S* const q = SQUARES ? squares + place : nullptr;
+        if (tall == ROWS && broad == wide) {
+          tile<ROWS, VECTORS, SQUARES, NORMS>(packed_d + r, plan.rows, packed_a + k * depth, examples, t, g, q, i,
+                                              norm, tall, broad);
+          continue;
+        }
+        for (int64_t e = 0; e < tall; ++e) {
+          std::copy_n(g + e * i, broad, edge_gradient + e * wide);
+          if (SQUARES) std::copy_n(q + e * i, broad, edge_squares + e * wide);
+        }
+        tile<ROWS, VECTORS, SQUARES, NORMS>(packed_d + r, plan.rows, packed_a + k * depth, examples, t, edge_gradient,
+                                            edge_squares, wide, norm, tall, broad);
+        for (int64_t e = 0; e < tall; ++e) {
+          std::copy_n(edge_gradient + e * wide, broad, g + e * i);
+          if (SQUARES) std::copy_n(edge_squares + e * wide, broad, q + e * i);
+        }
+      }
+    if (NORMS)
+      for (int64_t b = 0; b < examples; ++b) {
+        S sum = 0;
+        for (int k = 0; k < lanes; ++k) sum += norm[b * lanes + k];
+        norms[index * n + start + b] = sum;
+      }
+  }
+}
+
+template <bool SQUARES, bool NORMS, class S, class In>
+void run(Operand<In> d, Operand<In> a, int64_t n, int64_t t, int64_t o, int64_t i, S* gradient, S* squares, S* norms,
+         S* scratch, int threads) {
+  const Plan plan(n, t, o, i, Vector<S>::lanes);
+  const auto run_task =
+      t <= FEW ? task<FEW_TALL, FEW_WIDE, SQUARES, NORMS, S, In> : task<TALL, WIDE, SQUARES, NORMS, S, In>;
+  std::atomic<int64_t> next{0};
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int thread = 0; thread < threads; ++thread)
+    for (int64_t index; (index = next++) < plan.tasks;)
+      run_task(index, plan, d, a, n, t, o, i, gradient, squares, norms, scratch + thread * plan.scratch);
+}
+
+template <class S, class In>
+void choose(const In* d, const int64_t* d_strides, const In* a, const int64_t* a_strides, const int64_t* sizes,
+            S* gradient, S* squares, S* norms, S* scratch, int threads) {
+  const auto chosen = squares == nullptr ? run<false, true, S, In>
+                      : norms == nullptr ? run<true, false, S, In>
+                                         : run<true, true, S, In>;
+  chosen({d, d_strides[0], d_strides[1], d_strides[2]}, {a, a_strides[0], a_strides[1], a_strides[2]}, sizes[0],
+         sizes[1], sizes[2], sizes[3], gradient, squares, norms, scratch, threads);
+}
+
+}  // namespace
+
+// Sizes are (n, t, o, i), all positive; strides are those of (n, t, o) and (n, t, i). At least one of squares and norms
+// is asked for, the other may be null. Scratch is aligned to vectors.
+extern "C" {
+
+// The number of tasks, and of what a thread needs as scratch, for numbers of `bytes` bytes in the sums.
+void outer_sum_plan(const int64_t* sizes, int64_t bytes, int64_t* found) {
+  const Plan plan(sizes[0], sizes[1], sizes[2], sizes[3], BYTES / bytes);
+  found[0] = plan.tasks;
+  found[1] = plan.scratch;
+}
+
+#define OUTER_SUM(NAME, S, IN)                                                                                         \
+  void NAME(const IN* d, const int64_t* d_strides, const IN* a, const int64_t* a_strides, const int64_t* sizes,        \
+            S* gradient, S* squares, S* norms, S* scratch, int threads) {                                              \
+    choose(d, d_strides, a, a_strides, sizes, gradient, squares, norms, scratch, threads);                             \
+  }
+OUTER_SUM(outer_sum_float32, float, float)
+OUTER_SUM(outer_sum_float64, double, double)
+OUTER_SUM(outer_sum_bfloat16, float, BFloat16)
+}

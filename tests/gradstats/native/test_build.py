@@ -1,0 +1,71 @@
+"""Compiled once, used where it can be, and done without where it cannot."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradstats import native
+from gradstats.contribution import OuterSum
+from gradstats.native import build
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A user who has compiled nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return build.library.__wrapped__
+
+
+@needs_compiler
+def test_compiled_once_for_all_processes(fresh, monkeypatch, tmp_path):
+    assert fresh() is not None
+    (path,) = (tmp_path / "gradstats").iterdir()
+    assert path.suffix == ".so"
+    monkeypatch.setattr(build, "run", lambda *command: pytest.fail("compiled again"))
+    assert fresh() is not None
+
+
+@needs_compiler
+def test_other_instructions_are_another_library(fresh, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "build", lambda command, flags, path: path.touch())
+    for capability in ("AVX512", "AVX2", "DEFAULT"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        with pytest.warns(UserWarning, match="could not be compiled"):  # an empty file is no library
+            fresh()
+    assert len(list((tmp_path / "gradstats").iterdir())) == 3
+
+
+@needs_compiler
+def test_threads_are_those_of_torch():
+    """Of two OpenMP libraries in a process, each would have threads of its own."""
+    compiled = Path(build.library()._name).read_bytes()
+    assert b"GOMP_parallel" in compiled or b"__kmpc_fork_call" in compiled
+    assert b"libgomp" not in compiled and b"libomp" not in compiled
+
+
+def test_without_a_compiler_torch_does_it(fresh, monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    assert build.compiler() is None and fresh() is None
+    monkeypatch.setattr(native, "library", fresh)
+    d, a = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(3, 4, 6, dtype=torch.float64)
+    form, c = OuterSum(d, a), torch.einsum("nto,nti->noi", d, a)
+    assert "native" not in form.ways(["sum_of_squares"])
+    gradient, found = form.sums(["sum_of_squares"])
+    torch.testing.assert_close(gradient, c.sum(0))
+    torch.testing.assert_close(found["sum_of_squares"], c.square().sum(0))
+
+
+@needs_compiler
+@pytest.mark.parametrize("fails", ["compiler", "directory"])
+def test_what_goes_wrong_is_said(fresh, monkeypatch, tmp_path, fails):
+    if fails == "compiler":
+        monkeypatch.setattr(build, "SOURCE", tmp_path / "broken.cpp")
+        build.SOURCE.write_text("int x = nonsense;")
+    else:
+        (tmp_path / "gradstats").touch()
+    with pytest.warns(UserWarning, match="nonsense" if fails == "compiler" else "FileExistsError"):
+        assert fresh() is None
+    assert not list(tmp_path.glob("gradstats/*"))

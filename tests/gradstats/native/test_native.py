@@ -1,0 +1,120 @@
+"""The kernel against the stack of contributions that it never forms."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradstats import native
+from gradstats.native import build
+from tests.allocations import LargestAllocation
+
+BOTH = ("sum_of_squares", "squared_norms")
+DEFINITIONS = {"sum_of_squares": lambda c: c.square().sum(0), "squared_norms": lambda c: c.square().sum((1, 2))}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
+# Several tasks in both directions with parts of tiles at their ends, few positions and more, several examples packed
+# together and one that is too long.
+LARGE = [(3, 3, 390, 201), (5, 7, 390, 201), (90, 3, 9, 7), (2, 300, 13, 70), (1, 1, 200, 500)]
+SIZE = st.integers(1, 40)
+# Processors that have one have those before it.
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+INSTRUCTIONS = ["DEFAULT", "AVX2", "AVX512"] if CAPABILITY.startswith("AVX") else [CAPABILITY]
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+
+
+def operands(n, t, o, i, dtype=torch.float64):
+    return torch.randn(n, t, o, dtype=torch.float64).to(dtype), torch.randn(n, t, i, dtype=torch.float64).to(dtype)
+
+
+def check(d, a, names=BOTH):
+    assert native.serves(d, a)
+    c = torch.einsum("nto,nti->noi", d.double(), a.double())
+    tolerance = TOLERANCE[d.dtype]
+    gradient, found = native.outer_sum(d, a, names)
+    assert gradient.dtype == d.dtype and set(found) == set(names)
+    rounded = c.sum(0).to(d.dtype).double()
+    torch.testing.assert_close(gradient.double(), rounded, rtol=tolerance, atol=tolerance * float(c.abs().sum(0).max()))
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), DEFINITIONS[name](c), rtol=tolerance, atol=tolerance)
+        assert value.dtype == (torch.float64 if d.dtype == torch.float64 else torch.float32)
+
+
+@given(n=SIZE, t=st.integers(1, 9), o=SIZE, i=SIZE, seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_any_size(n, t, o, i, seed):
+    torch.manual_seed(seed)
+    check(*operands(n, t, o, i))
+
+
+@pytest.mark.parametrize("names", [BOTH, BOTH[:1], BOTH[1:]])
+@pytest.mark.parametrize("sizes", LARGE)
+def test_each_sum_alone_and_both(sizes, names):
+    check(*operands(*sizes), names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", LARGE)
+def test_dtypes(sizes, dtype):
+    check(*operands(*sizes, dtype))
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS[: INSTRUCTIONS.index(CAPABILITY) + 1])
+@pytest.mark.parametrize("sizes", LARGE)
+def test_every_width_of_vectors(sizes, instructions, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    kernels = build.library.__wrapped__()
+    assert kernels is not None
+    monkeypatch.setattr(native, "library", lambda: kernels)
+    for dtype in (torch.float64, torch.float32):
+        check(*operands(*sizes, dtype))
+
+
+def test_operands_are_read_where_they_lie():
+    """Transposed, reversed in the order of dimensions, every other number, the same number again."""
+    d, a = torch.randn(6, 5, 12, dtype=torch.float64), torch.randn(5, 14, 7, dtype=torch.float64)
+    check(d.transpose(0, 1), a[:, :, :6].mT)
+    check(d.permute(2, 0, 1)[..., ::2], a.permute(1, 2, 0)[:12, :6])
+    check(d[:, :1].expand(6, 4, 12), a[0, :1].expand(6, 4, 7))
+
+
+@pytest.mark.parametrize("sizes", [*LARGE, (1500, 8, 390, 401)])  # the last long enough for threads to run together
+def test_threads_change_no_bit(sizes):
+    d, a = operands(*sizes, torch.float32)
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        gradient, found = native.outer_sum(d, a, BOTH)
+        results.append(torch.cat([gradient.flatten(), *(found[name].flatten() for name in BOTH)]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, 1e38])
+@pytest.mark.parametrize("t", [2, 7])
+def test_what_is_not_finite_stays_so_and_stays_where_it_is(bad, t):
+    d, a = operands(9, t, 50, 60, torch.float32)
+    d[2, 1, 17] = d[4, 1, 17] = a[6, 0, 33] = bad
+    a[4, 1, 3] = 0.0
+    c = torch.einsum("nto,nti->noi", d, a)
+    gradient, found = native.outer_sum(d, a, BOTH)
+    torch.testing.assert_close(gradient, c.sum(0), rtol=1e-4, atol=1e-4, equal_nan=True)
+    for name, value in found.items():
+        torch.testing.assert_close(value, DEFINITIONS[name](c), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_what_is_left_to_torch():
+    d, a = operands(2, 3, 4, 5)
+    assert native.serves(d, a)
+    assert not native.serves(d.half(), a.half())
+    assert not native.serves(d, a.float())
+    assert not native.serves(d.to("meta"), a.to("meta"))
+    assert not native.serves(d[:0], a[:0]) and not native.serves(d[..., :0], a)
+    assert not native.serves(torch.nn.Parameter(d), a)
+
+
+def test_memory_beside_the_results_is_that_of_a_task():
+    """Whatever the parameter and the number of examples."""
+    d, a = operands(1, 2, 600, 700, torch.float32)
+    with LargestAllocation() as largest:
+        native.outer_sum(d.expand(500, 2, 600), a.expand(500, 2, 700), BOTH)
+    assert largest.elements == 600 * 700

@@ -1,0 +1,133 @@
+"""Reduced precision is for statistics alone: the gradient is untouched, the error is what the dtype can do."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradstats
+from gradstats import GradstatsError, VerificationError, choice, products
+from gradstats.contribution import Outer, OuterSum
+from tests import oracle
+
+NAMES = ("second_moment", "variance", "norms", "abs_mean", "gram")
+needs_bfloat16 = pytest.mark.skipif(
+    not products.supports(torch.device("cpu"), torch.bfloat16), reason="statistics are exact on this processor"
+)
+
+
+@pytest.fixture
+def problem():
+    model = nn.Sequential(nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 10))
+    return model, F.cross_entropy, torch.randn(64, 40), torch.randint(0, 10, (64,))
+
+
+def backward(model, loss, x, y):
+    loss(model(x), y).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@needs_bfloat16
+def test_only_statistics_change(problem):
+    model, loss, x, y = problem
+    reduced, plain = copy.deepcopy(model), copy.deepcopy(model)
+    exact_stats = gradstats.attach(model, *NAMES)
+    stats = gradstats.attach(reduced, *NAMES, statistics_dtype=torch.bfloat16)
+    expected, _ = backward(plain, loss, x, y), backward(model, loss, x, y)
+    with choice.unmeasured():
+        found = backward(reduced, loss, x, y)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for name in ("second_moment", "variance", "abs_mean", "gram"):
+        for parameter in ("0.weight", "2.weight"):
+            value, expected = stats.read(name)[parameter], exact_stats.read(name)[parameter]
+            assert value.dtype == torch.float32
+            assert 1e-4 < relative(value, expected) < products.ROUNDING[torch.bfloat16], name
+        assert torch.equal(stats.read(name)["0.bias"], exact_stats.read(name)["0.bias"])
+    assert torch.equal(stats.norms["0.weight"], exact_stats.norms["0.weight"])  # no matmul
+
+
+@needs_bfloat16
+def test_verify_reports_the_error(problem):
+    result = gradstats.verify(*problem, statistics_dtype=torch.bfloat16)
+    assert 5e-4 < result.worst.error < result.tolerance < 1e-2 and result.worst.parameter.endswith("weight")
+    assert gradstats.verify(*problem).worst.error < 1e-12
+    with pytest.raises(VerificationError, match="second_moment|variance"):
+        gradstats.verify(*problem, statistics_dtype=torch.bfloat16, tolerance=1e-4)
+
+
+@needs_bfloat16
+def test_gram_matrices_of_positions():
+    """Norms through Gram matrices, where positions resemble each other and nothing cancels."""
+    d, a = (torch.randn(5, 4, 200) + torch.randn(5, 1, 200) for _ in range(2))
+    expected = (d.double().mT @ a.double()).square().sum((1, 2))
+    contribution = OuterSum(d, a)
+    contribution.statistics_dtype = torch.bfloat16
+    found = contribution.gram()[1]["squared_norms"]
+    assert 1e-5 < relative(found, expected) < products.ROUNDING[torch.bfloat16]
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("scale", [1e-17, 1e17])
+def test_range_is_that_of_float32(scale):
+    d, a = torch.randn(32, 8) * scale, torch.randn(32, 9) / 100
+    contribution = Outer(d, a)
+    contribution.statistics_dtype = torch.bfloat16
+    expected = d.double().square().T @ a.double().square()
+    assert relative(contribution.closed(["sum_of_squares"])["sum_of_squares"], expected) < 2.0**-7
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_passes_through(value):
+    d, a = torch.randn(4, 3), torch.rand(4, 5) + 1
+    d[1, 2] = value
+    contribution = Outer(d, a)
+    contribution.statistics_dtype = torch.bfloat16
+    found = contribution.closed(["sum_of_squares"])["sum_of_squares"]
+    assert not found[2].isfinite().any() and found[:2].isfinite().all()
+
+
+@needs_bfloat16
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names", [("second_moment",), ("second_moment", "gram")], ids=["in the graph", "by an operator"]
+)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_compiled(problem, names):
+    model, loss, x, y = problem
+    c = oracle.contributions(model, loss, x, y)
+    stats = gradstats.attach(model, *names, statistics_dtype=torch.bfloat16)
+    stats.probe(x)
+    with choice.unmeasured():
+        loss(torch.compile(model, fullgraph=True)(x), y).backward()
+    for name in ("0.weight", "2.weight"):
+        error = relative(stats.second_moment[name], oracle.second_moment(c[name]))
+        assert 1e-4 < error < products.ROUNDING[torch.bfloat16]
+
+
+def test_a_device_without_instructions_is_exact(problem, monkeypatch):
+    monkeypatch.setattr(products, "_cpu_multiplies_bfloat16", False)
+    assert gradstats.verify(*problem, statistics_dtype=torch.bfloat16).worst.error < 1e-12
+
+
+@pytest.mark.parametrize("options", [{"statistics_dtype": torch.float16}, {"engine": "vmap"}, {"engine": "microbatch"}])
+def test_refusals(problem, options):
+    with pytest.raises(GradstatsError, match=r"reduced precision is torch.bfloat16"):
+        gradstats.attach(problem[0], **{"statistics_dtype": torch.bfloat16} | options)
+    gradstats.attach(problem[0]).detach()  # nothing is left behind
+
+
+@pytest.mark.parametrize("way", ["blas", "onednn"])
+@pytest.mark.parametrize("rows", [1, 64])
+def test_every_library_multiplies(way, rows, monkeypatch):
+    a, b = torch.randn(40, rows), torch.randn(rows, 50)
+    monkeypatch.setattr(choice, "measured", lambda ways: way)
+    monkeypatch.setattr(choice, "_chosen", {})
+    assert relative(products.product(a, b), a.double() @ b.double()) < 1e-6
+    assert list(choice.chosen().values()) == [way]
