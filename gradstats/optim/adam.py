@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -43,6 +43,18 @@ class AdamUpdate(Update):
     def younger(self) -> tuple[str, ...]:
         return self.moment.younger
 
+    def growth(self, name: str, batch_size: int, waiting: int) -> int:
+        return self.moment.growth(name, batch_size, waiting)
+
+    @property
+    def waits(self) -> bool:
+        return self.moment.waits
+
+    def sampled(self, state: Mapping[str, Any], gathered: bool) -> AdamUpdate:
+        return replace(
+            self, moment=self.moment.sampled(state, gathered), statistics=self.statistics if gathered else ()
+        )
+
     @property
     def bounded(self) -> str:
         return "exp_avg"
@@ -50,13 +62,15 @@ class AdamUpdate(Update):
     def averages(self, x: Values, k: Values) -> dict[str, Tensor]:
         new = self.moment.averages(x, k)
         new["exp_avg"] = moved(x.exp_avg, x.m, k.w1)
-        if self.amsgrad:  # torch keeps the largest of averages that start from zero
+        if self.amsgrad and not self.waits:  # torch keeps the largest of averages that start from zero
             s = self.moment.floor(new["exp_avg_sq"], x | new, k)
             new["max_exp_avg_sq"] = torch.maximum(x.max_exp_avg_sq, s * k.bias_correction)
         return new
 
     def change(self, x: Values, k: Values) -> Tensor:
         s = x.max_exp_avg_sq / k.bias_correction if self.amsgrad else self.moment.floor(x.exp_avg_sq, x, k)
+        if self.moment.bounds:
+            s = torch.maximum(s, x.exp_avg.square())
         if self.denominator == "slides":
             return k.step * x.exp_avg / (1 + s.sqrt() / k.eps)
         return k.step * x.exp_avg / (s.sqrt() + k.eps)
@@ -174,21 +188,22 @@ class BatchInvariantAdam(ExampleOptimizer):
         return combines(group)
 
     def update(self, group: Mapping[str, Any], batch_size: float, state: Mapping[str, Any]) -> AdamUpdate:
+        moment = moment_of(group, batch_size, state)
         return AdamUpdate(
-            moment_of(group, batch_size, state),
+            moment,
             group["amsgrad"],
             group["denominator"],
             coupled=group["weight_decay"] != 0 and not group["decoupled_weight_decay"],
-            statistics=self.statistics(group),
+            statistics=self.statistics(group) if moment.reads else (),
         )
 
     def scalars(self, group: Mapping[str, Any], age: Age, update: Update) -> dict[str, Any]:
         assert isinstance(update, AdamUpdate)
         b, e, tuned = age.batch_size, age.examples, group["batch_size"]
         first, second = (average(group["average"], beta, tuned) for beta in group["betas"])
-        return moment_scalars(group, update.moment, b, e, age.of_buffers, second, (first, e - b)) | {
+        return moment_scalars(group, update.moment, age, second, (first, e - b)) | {
             "w1": first.weight(b, e),
             "step": b / tuned * group["lr"],
             "eps": group["eps"],
-            "bias_correction": second.bias_correction(e),
+            "bias_correction": second.bias_correction(age.covered),
         }

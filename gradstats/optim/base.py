@@ -10,19 +10,22 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradstats.errors import GradstatsError
-from gradstats.optim.elementwise import WORTH_COMPILING, Columns, compiler, run
+from gradstats.optim.elementwise import WORTH_COMPILING, Columns, Row, compiler, run
 from gradstats.optim.found import Found, allocate, find
 from gradstats.optim.options import Check, check_options
 from gradstats.optim.update import STATISTICS, Update
 from gradstats.sums import accumulation_dtype
 from gradstats.window import Window
+
+# Examples that averages of statistics cover: an entry of the state while batches without statistics wait for the next.
+COVERED = "statistics_step"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,18 @@ class Age:
     batch_size: int
     examples: int
     younger: tuple[tuple[str, int], ...] = ()  # buffers that have seen fewer
+    waiting: int = 0  # of the examples before this batch, those since the averages of statistics last moved
+    waits: bool = False  # this batch leaves them as they are
+
+    @property
+    def stands_for(self) -> int:
+        """Examples in whose place this batch moves the averages of statistics."""
+        return self.batch_size + self.waiting
+
+    @property
+    def covered(self) -> int:
+        """Examples that the averages of statistics have seen."""
+        return self.examples - self.stands_for if self.waits else self.examples
 
     @property
     def of_buffers(self) -> dict[str, int]:
@@ -49,6 +64,24 @@ class Part:
     windows: list[Window] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
     columns: Columns = field(default_factory=dict)  # "parameter", "gradient", raw sums and buffers, in one order
+
+
+class Plan(NamedTuple):
+    """An update, and what it would make anew whenever it is asked: once for all parameters alike."""
+
+    update: Update
+    dtype: torch.dtype  # of the buffers
+    reads: tuple[str, ...]
+    buffers: tuple[str, ...]
+    younger: tuple[str, ...]
+    numbers: tuple[str, ...]
+    waits: bool
+
+
+def plan_of(update: Update, dtype: torch.dtype) -> Plan:
+    """For parameters of the given dtype."""
+    names = update.reads, update.buffers, update.younger, update.numbers
+    return Plan(update, accumulation_dtype(dtype), *names, update.waits)
 
 
 class ExampleOptimizer(Optimizer):
@@ -206,45 +239,61 @@ class ExampleOptimizer(Optimizer):
             for part in parts:
                 run(part.update, "both", part.columns, part.scalars, compiled)
         for part in parts:
-            for name in ("step", *(f"{name}_step" for name in part.update.younger)):
-                torch._foreach_add_([state[name] for state in part.states], part.age.batch_size)
+            b = part.age.batch_size
+            if part.update.waits or part.age.waiting:
+                note_waiting(part)
+            torch._foreach_add_([state["step"] for state in part.states], b)
+            for name in part.update.younger:
+                growth = part.update.growth(name, b, part.age.waiting)
+                torch._foreach_add_([state[f"{name}_step"] for state in part.states], growth)
         for index in {one.group for one in found}:
             self.param_groups[index]["examples"] += b
 
     def _parts(self, found: list[Found], loss_scale: float) -> list[Part]:
-        parts: dict[tuple[Any, ...], Part] = {}
-        # An update's names are made anew when they are asked for: once for all parameters alike.
-        plans: dict[tuple[Any, ...], tuple[Update, tuple[tuple[str, ...], ...]]] = {}
+        parts: dict[tuple[Any, ...], tuple[Part, list[Row]]] = {}
+        plans: dict[tuple[Any, ...], Plan] = {}
         for index, p, state, window in found:
-            group, b = self.param_groups[index], window.batch_size
-            choice = (index, b, *state)
-            if choice not in plans:
-                update = self.update(group, b, state)
-                plans[choice] = update, (update.reads, update.buffers, update.younger, update.numbers)
-            update, (reads, buffers, younger, numbers) = plans[choice]
-            dtype = accumulation_dtype(p.dtype)
-            kept: list[Tensor] = [state[name] for name in buffers if name in state]
-            if len(kept) < len(buffers) or any(t.dtype != dtype for t in kept):
-                allocate(p, state, update)
-                kept = [state[name] for name in buffers]
-            seen = int(state["step"]) + b
-            ages = tuple([(name, int(state[f"{name}_step"]) + b) for name in younger])
+            group, b, gradient = self.param_groups[index], window.batch_size, p.grad
+            choice = (index, b, p.dtype, bool(window.sums), *state)
+            plan = plans.get(choice)
+            if plan is None:
+                plan = plans[choice] = plan_of(self._update(group, b, state, window), p.dtype)
+            update, dtype, reads, buffers, younger, numbers, waits = plan
+            assert gradient is not None
+            row = [p, gradient.to_dense() if gradient.is_sparse else gradient, *[window.sums[name] for name in reads]]
+            for name in buffers:
+                if name not in state or state[name].dtype != dtype:
+                    allocate(p, state, update)
+                row.append(state[name])
+            before = state["step"].item()
+            seen, waiting = before + b, before - int(state.get(COVERED, before))
+            if waits and waiting == before:  # there is no average yet
+                continue
+            ages = tuple([(name, int(state[f"{name}_step"]) + update.growth(name, b, waiting)) for name in younger])
             values = tuple([float(state[name]) for name in numbers])
-            key = (choice, seen, ages, values, window.scale, window.loss_scale, p.device, p.dtype)
-            part = parts.get(key)
-            if part is None:
-                age = Age(b, seen, ages)
+            key = (choice, seen, waiting, ages, values, window.scale, window.loss_scale, p.device)
+            if key not in parts:
+                age = Age(b, seen, ages, waiting, waits)
                 scalars = self._common(group, age, update, window, loss_scale) | self.scalars(group, age, update)
-                part = parts[key] = Part(group, age, update, scalars)
-                part.columns = {name: [] for name in ("parameter", "gradient", *reads, *buffers)}
-            assert p.grad is not None
+                parts[key] = Part(group, age, update, scalars), []
+            part, rows = parts[key]
             part.windows.append(window)
             part.states.append(state)
-            gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad
-            row = (p, gradient, *[window.sums[name] for name in reads], *kept)
-            for column, tensor in zip(part.columns.values(), row, strict=True):
-                column.append(tensor)
-        return list(parts.values())
+            rows.append(row)
+        for part, rows in parts.values():
+            names = ("parameter", "gradient", *part.update.reads, *part.update.buffers)
+            part.columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+        return [part for part, _ in parts.values()]
+
+    def _update(self, group: Mapping[str, Any], b: int, state: Mapping[str, Any], window: Window) -> Update:
+        update = self.update(group, b, state)
+        if not (update.statistics and window.sampled):
+            return update
+        sampled = update.sampled(state, bool(window.sums))
+        if sampled is None:
+            assert window.sums  # or `find` has refused
+            return update
+        return sampled
 
     def _common(
         self, group: Mapping[str, Any], age: Age, update: Update, window: Window, loss_scale: float
@@ -333,6 +382,15 @@ class ExampleOptimizer(Optimizer):
 
     def _parameters(self) -> list[tuple[Tensor, dict[str, Any]]]:
         return [(p, group) for group in self.param_groups for p in group["params"]]
+
+
+def note_waiting(part: Part) -> None:
+    """Before its step, keeps the examples that averages of statistics cover, while they are fewer than all."""
+    for state in part.states:
+        if not part.update.waits:
+            del state[COVERED]
+        elif COVERED not in state:
+            state[COVERED] = state["step"].clone()
 
 
 def saved_ids(state: dict[str, Any]) -> list[int]:

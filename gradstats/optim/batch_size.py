@@ -153,6 +153,7 @@ class AdaptiveBatchSize:
         self.fraction, self.grow_only = fraction, grow_only
         self.size = minimum
         self.noise = NoiseScale(horizon)
+        self._waiting = 0  # examples since the noise scale was last gathered (attach(..., every=k))
 
     def __call__(self, examples: int) -> int:
         return self.size
@@ -161,10 +162,14 @@ class AdaptiveBatchSize:
         """Takes a batch into account. Raises: MissingStatistic if "noise_scale" was not collected."""
         if stats.batch_size < 2:  # the rest of an epoch
             return
+        if not stats.gathered:
+            self._waiting += stats.batch_size
+            return
         estimate = stats.noise_scale.total
         if not math.isfinite(float(estimate.trace)):  # gradients overflowed under a GradScaler
             return
-        self.noise.update(estimate, stats.batch_size)
+        self.noise.update(estimate, stats.batch_size + self._waiting)
+        self._waiting = 0
         if self.noise.examples < ENOUGH_BATCHES * self.size:
             return
         low, high = (self.fraction * bound for bound in self.noise.interval())
@@ -174,8 +179,8 @@ class AdaptiveBatchSize:
             self.size //= 2
 
     def state_dict(self) -> dict[str, Any]:
-        return {"size": self.size, "noise": self.noise.state_dict()}
+        return {"size": self.size, "noise": self.noise.state_dict(), "waiting": self._waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.size = state["size"]
+        self.size, self._waiting = state["size"], state.get("waiting", 0)
         self.noise.load_state_dict(state["noise"])

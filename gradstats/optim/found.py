@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gradstats.optim.base import ExampleOptimizer
 
 State = dict[str, Any]
+Windows = Callable[[str, Tensor], Window]  # of a parameter, by its name and itself
 
 
 class Found(NamedTuple):
@@ -39,6 +41,7 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
     for index, group in enumerate(optimizer.param_groups):
         reads = tuple(STATISTICS[name][0] for name in optimizer.statistics(group))
         needs_gradient = optimizer.needs_gradient(group)
+        windows: dict[tuple[Handle, bool], Windows] = {}
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -46,9 +49,11 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
             if not state:
                 state["step"] = torch.tensor(0)  # on the CPU, since it decides scalars of the step
                 allocate(p, state, optimizer.update(group, math.inf, state))  # what every batch needs
-            if handle is None or not handle.owns(p):  # which is faster to tell
+            name = None if handle is None else handle.registered(p)
+            if name is None:  # the last one's handle is faster to ask
                 handle = handle_of(p)
-            if not reads and (handle is None or handle.replaced(p)):
+                name = None if handle is None else handle.registered(p)
+            if not reads and (handle is None or name is None or handle.replaced(name, p)):
                 alone.append((index, p, state))
                 continue
             if handle is not None:
@@ -57,50 +62,65 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
                 if zeroed[handle]:
                     continue
             try:
-                window = window_of(optimizer, handle, p, reads, needs_gradient)
+                if handle is None:
+                    raise MissingStatistic(
+                        f"no statistics for a parameter of shape {tuple(p.shape)}: call gradstats.attach(model) before "
+                        f"the forward pass, and give parameters that are named in ignore to another optimizer"
+                    )
+                name = name or handle.name_of(p)
+                key = handle, not reads or not handle.skipped(name)
+                if key not in windows:
+                    if reads and handle.every > 1:
+                        check_waits(optimizer, group, state, handle.every)
+                    wanted = (reads, needs_gradient) if key[1] else ((), False)
+                    windows[key] = windows_of(optimizer, handle, *wanted)
+                window = windows[key](name, p)
             except MissingStatistic:
                 # Distributed checkpointing's empty step, or an unused layer whose gradient was zeroed in place.
                 if float(group["lr"]) == 0 or (handle is not None and not bool(p.grad.any())):
                     continue
                 raise
-            assert handle is not None
             if handle.granularity != "example" and sizes.setdefault(handle, window.batch_size) != window.batch_size:
                 raise GradstatsError(
-                    f"granularity={handle.granularity!r} counts {window.batch_size} at '{handle.name_of(p)}' and "
-                    f"{sizes[handle]} at other parameters, which would step at different rates: granularity='example'"
+                    f"granularity={handle.granularity!r} counts {window.batch_size} at '{name}' and {sizes[handle]} at "
+                    f"other parameters, which would step at different rates: granularity='example'"
                 )
             found.append(Found(index, p, state, window))
     return found + without_statistics(optimizer, alone, found, batch_size)
 
 
-def window_of(
-    optimizer: ExampleOptimizer, handle: Handle | None, p: Tensor, reads: tuple[str, ...], needs_gradient: bool
-) -> Window:
-    """What was backpropagated through a parameter, in the units in which its gradient is now."""
-    if handle is None:
-        raise MissingStatistic(
-            f"no statistics for a parameter of shape {tuple(p.shape)}: call gradstats.attach(model) before the forward "
-            f"pass, and give parameters that are named in ignore to another optimizer"
+def check_waits(optimizer: ExampleOptimizer, group: dict[str, Any], state: State, every: int) -> None:
+    """Raises: GradstatsError for an optimizer that needs the statistics of every batch."""
+    if optimizer.update(group, math.inf, state).sampled(state, False) is None:
+        raise GradstatsError(
+            f"{type(optimizer).__name__} reads the statistics of every batch, and the model was attached with "
+            f"every={every}: attach(..., every=1), or BatchInvariantAdam or RMSprop, whose averages can wait for them"
         )
-    if handle.replaced(p):
-        raise MissingStatistic(
-            f"the gradient of '{handle.name_of(p)}' is another tensor than the one that its statistics are of: "
-            f"backpropagate through the attached model before every step"
-        )
+
+
+def windows_of(optimizer: ExampleOptimizer, handle: Handle, reads: tuple[str, ...], needs_gradient: bool) -> Windows:
+    """What was backpropagated through parameters of a handle, in the units in which their gradients are now."""
     # GradScaler's step sets both, and the scale not if the gradient was unscaled already.
     found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
     by_hand = found_inf is None and handle.loss_scale is not None
-    window = handle.window(p, reads, needs_gradient or by_hand)
-    if by_hand:
-        return handle.without_loss_scale(p, window)
-    if found_inf is None or scale is not None or not reads:
-        return window
-    if handle.loss_scale is None:
+    unscaled = found_inf is not None and scale is None and bool(reads)
+    backpropagated = handle.windows(reads, needs_gradient or by_hand)
+    if unscaled and handle.loss_scale is None:
         raise GradstatsError(
             "scaler.unscale_(optimizer) unscales the gradients but not their squares: leave it to "
             "scaler.step(optimizer) and clip with max_norm, or name it, attach(..., grad_scaler=scaler)"
         )
-    return handle.without_loss_scale(p, window, unscaled=True)
+
+    def window(name: str, p: Tensor) -> Window:
+        if handle.replaced(name, p):
+            raise MissingStatistic(
+                f"the gradient of '{name}' is another tensor than the one that its statistics are of: backpropagate "
+                f"through the attached model before every step"
+            )
+        found = backpropagated(name, p)
+        return handle.without_loss_scale(name, found, unscaled) if by_hand or unscaled else found
+
+    return window
 
 
 def without_statistics(

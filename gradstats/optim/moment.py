@@ -14,6 +14,11 @@ and the average s is floored at q~/R, which is valid since mu^2 + sigma^2/R >= (
 says nothing, and the floor is m~^2, so that no element moves by more than the learning rate. The default is chosen by
 measurement: `python -m experiments.estimators`.
 
+Where statistics are of a part of what is seen (attach(..., every=k, fraction=f)), s moves by the weight of all examples
+since it last did, w = (1 - rho^D)/(1 - rho^E), D being B and the examples of batches without statistics, so that an
+example keeps the weight of its horizon. What had a gradient only where nothing was gathered would be divided by 0: the
+denominator takes max(s, m~^2) (RMSprop: m^2), but for "variance".
+
 Sources, other than mu^2 + sigma^2/R itself ("second_moment"): "variance" is sigma^2/R, "mean_square" is mu^2 (the same
 as R = inf), and "squared_batch_mean" m^2, which is ordinary Adam's and depends on B. The family of preconditioners is
 that of Roulet & Agarwala, arXiv:2510.00236.
@@ -23,16 +28,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gradstats.errors import GradstatsError
-from gradstats.optim.update import Values, moved
+from gradstats.optim.update import Values, moved, scaled
 from gradstats.statistics import reference_weight
 from gradstats.units import Average
+
+if TYPE_CHECKING:
+    from gradstats.optim.base import Age
 
 SOURCES = ("second_moment", "variance", "mean_square", "squared_batch_mean")
 ESTIMATORS = ("running_average", "previous", "in_batch")
@@ -48,6 +56,8 @@ class Moment:
     signed: bool  # single values, and so their average, can be negative
     reads: bool  # the second moment of the batch
     remembers: bool  # m' is kept
+    waits: bool = False  # the batch has no statistics: s and q~ stay
+    bounds: bool = False  # s may not have seen what m~ has
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -58,13 +68,26 @@ class Moment:
         """Buffers that are made when a batch is first smaller than R."""
         return self.buffers
 
+    def growth(self, name: str, batch_size: int, waiting: int) -> int:
+        """See Update."""
+        if name != "exp_avg_q":
+            return batch_size
+        return 0 if self.waits else batch_size + waiting
+
+    def sampled(self, state: Mapping[str, Any], gathered: bool) -> Moment:
+        """See Update: q~ begins with a batch that has statistics."""
+        floored = self.floored and (gathered or "exp_avg_q" in state)
+        return replace(self, floored=floored, waits=not gathered, bounds=not self.signed)
+
     def averages(self, x: Values, k: Values) -> dict[str, Tensor]:
         """s, and what else is kept for it."""
+        if self.waits:
+            return {"previous": x.m} if self.remembers else {}
         partner = x.m
         if self.partner is not None:
             # Before the first batch there is no other: m^2, too large by sigma^2/B, and soon forgotten.
             partner = k.unbias * getattr(x, self.partner) + k.first * x.m
-        v = k.product * x.m * partner
+        v = scaled(x.m, k.product) * partner
         if self.reads:
             v = v + k.square * x.second_moment
         new = {"exp_avg_sq": moved(x.exp_avg_sq, v, k.w2)}
@@ -119,12 +142,14 @@ def moment_of(group: Mapping[str, Any], b: float, state: Mapping[str, Any]) -> M
     partner = None
     if across:
         partner = "previous" if group["estimator"] == "previous" else "exp_avg"
+    floored = not variance and r != math.inf and (r > b or "exp_avg_q" in state)
+    alone = r == b > 1 and not variance and not floored  # v_B = m^2
     return Moment(
         partner=partner,
-        floored=not variance and r != math.inf and (r > b or "exp_avg_q" in state),
+        floored=floored,
         infinite=not variance and r == math.inf,
         signed=variance,
-        reads=reads(group),
+        reads=reads(group) and not alone,
         remembers=partner == "previous" or "previous" in state,
     )
 
@@ -132,15 +157,13 @@ def moment_of(group: Mapping[str, Any], b: float, state: Mapping[str, Any]) -> M
 def moment_scalars(
     group: Mapping[str, Any],
     moment: Moment,
-    b: int,
-    e: int,
-    ages: Mapping[str, int],
+    age: Age,
     average: Average,
     mean: tuple[Average, int],
 ) -> dict[str, float]:
     """The numbers of `averages` and `floor`: v = product m partner + square q, and weights; `mean` is the average that
     m~ is, and how many examples it had seen before this batch."""
-    r = reference_of(group)
+    r, b, ages = reference_of(group), age.batch_size, age.of_buffers
     if group["source"] == "squared_batch_mean":
         product, square = 1.0, 0.0
     elif group["source"] == "variance":
@@ -155,10 +178,10 @@ def moment_scalars(
         "square": square,
         "first": float(before == 0),
         "unbias": 1 / mean[0].mass(before) if moment.partner == "exp_avg" and before else 1.0,
-        "w2": average.weight(b, e),
+        "w2": average.weight(age.stands_for, age.covered),
         "inverse_reference": 1 / r,
     }
     if moment.floored:  # s may have started earlier than q~
-        scalars["w3"] = average.weight(b, ages["exp_avg_q"])
-        scalars["inverse_reference"] *= average.mass(e) / average.mass(ages["exp_avg_q"])
+        scalars["w3"] = average.weight(age.stands_for, ages["exp_avg_q"])
+        scalars["inverse_reference"] *= average.mass(age.covered) / average.mass(ages["exp_avg_q"])
     return scalars

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import Tensor, maximum
@@ -48,6 +48,18 @@ class RMSpropUpdate(Update):
     def younger(self) -> tuple[str, ...]:
         return (*(["exp_avg"] if self.averaged else []), *self.moment.younger)
 
+    def growth(self, name: str, batch_size: int, waiting: int) -> int:
+        return self.moment.growth(name, batch_size, waiting)
+
+    @property
+    def waits(self) -> bool:
+        return self.moment.waits
+
+    def sampled(self, state: Mapping[str, Any], gathered: bool) -> RMSpropUpdate:
+        return replace(
+            self, moment=self.moment.sampled(state, gathered), statistics=self.statistics if gathered else ()
+        )
+
     @property
     def bounded(self) -> str | None:
         return "momentum_buffer" if self.momentum else None
@@ -68,6 +80,8 @@ class RMSpropUpdate(Update):
 
     def denominator(self, x: Values, k: Values) -> Tensor:
         s = self.moment.floor(x.exp_avg_sq, x, k)
+        if self.moment.bounds:
+            s = maximum(s, x.m.square())
         if self.centered:
             mu2 = x.exp_avg.square()
             s = s - mu2
@@ -220,17 +234,17 @@ class BatchInvariantRMSprop(ExampleOptimizer):
             momentum=group["momentum"] != 0,
             averaged=centered or moment.infinite or moment.partner == "exp_avg" or "exp_avg" in state,
             coupled=group["weight_decay"] != 0 and not group["decoupled_weight_decay"],
-            statistics=self.statistics(group),
+            statistics=self.statistics(group) if moment.reads else (),
         )
 
     def scalars(self, group: Mapping[str, Any], age: Age, update: Update) -> dict[str, Any]:
         assert isinstance(update, RMSpropUpdate)
         moment, ages = update.moment, age.of_buffers
-        b, e, momentum, k = age.batch_size, age.examples, group["momentum"], age.batch_size / group["batch_size"]
+        b, momentum, k = age.batch_size, group["momentum"], age.batch_size / group["batch_size"]
         kind = average(group["average"], group["alpha"], group["batch_size"])
 
         before = ages["exp_avg"] - b if update.averaged else 0
-        scalars = moment_scalars(group, moment, b, e, ages, kind, (kind, before))
+        scalars = moment_scalars(group, moment, age, kind, (kind, before))
         scalars |= {"step": k * group["lr"], "eps": group["eps"]}
         if update.averaged:
             scalars["w1"] = kind.weight(b, ages["exp_avg"])

@@ -41,6 +41,11 @@ def moved(average: Tensor, value: Tensor, weight: Any) -> Tensor:
     return torch.lerp(average, value, weight)
 
 
+def scaled(value: Tensor, factor: Any) -> Tensor:
+    """k x, for which a number 1 has nothing to do."""
+    return value if not isinstance(factor, Tensor) and factor == 1 else value * factor
+
+
 class Update(ABC):
     """The choices that change an optimizer's equation, and the equation. A frozen dataclass, so that it is compiled
     once; its numbers come with every step.
@@ -62,6 +67,20 @@ class Update(ABC):
     def younger(self) -> tuple[str, ...]:
         """Those of them that have an age of their own, state["<name>_step"]."""
         return ()
+
+    def growth(self, name: str, batch_size: int, waiting: int) -> int:
+        """By how many examples a step makes one of these older; `waiting` others came without statistics before."""
+        return batch_size
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is of a batch without statistics, which leaves their averages as they are."""
+        return False
+
+    def sampled(self, state: Mapping[str, Any], gathered: bool) -> Update | None:
+        """The same where statistics are of a part of what is seen (attach(..., every=k, fraction=f)), for a parameter
+        whose state has these entries and a batch that has statistics or has none; None if there is no such equation."""
+        return None
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -102,7 +121,7 @@ class Update(ABC):
         """New values of what `phase` writes, from the parameter, its gradient, raw sums and buffers."""
         k, p = Values(scalars), tensors["parameter"]
         p = p.to(accumulation_dtype(p.dtype))
-        m = tensors["gradient"].to(p.dtype) * k.mean_scale
+        m = scaled(tensors["gradient"].to(p.dtype), k.mean_scale)
         if phase == "move" and self.bounded is None:
             m = m * k.clip
         read = {name: tensors[STATISTICS[name][0]] * scalars[f"{name}_scale"] for name in self.statistics}
@@ -120,5 +139,5 @@ class Update(ABC):
             change = self.change(x, k)
             if phase == "move" and self.bounded is not None:  # not the buffer, which may be in the denominator too
                 change = change * k.clip
-            new["parameter"] = p * k.decay - change
+            new["parameter"] = scaled(p, k.decay) - change
         return new

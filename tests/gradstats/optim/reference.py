@@ -27,12 +27,14 @@ class Adam:
         amsgrad=False,
         denominator="adam",
         l2=0.0,
+        sampled=False,
     ):
         self.p, self.lr, self.betas, self.eps, self.decay, self.b0 = p.clone(), lr, betas, eps, weight_decay, batch_size
         self.r = math.inf if source == "mean_square" else reference
         self.source, self.estimator, self.kind, self.l2 = source, estimator, average, l2
-        self.amsgrad, self.denominator = amsgrad, denominator
+        self.amsgrad, self.denominator, self.sampled = amsgrad, denominator, sampled
         self.e = self.e_q = 0
+        self.waiting = 0  # examples since s moved
         self.m = self.s = self.q = self.largest = torch.zeros_like(p)
         self.previous = None
 
@@ -67,6 +69,14 @@ class Adam:
             return g.var(0) / r
         return q if b == 1 else m.square() + (1 / r - 1 / b) * g.var(0)
 
+    def alone(self, b):
+        """v_B = m^2, for which there is nothing to gather; R = inf needs nothing either, but in one batch."""
+        if self.source == "squared_batch_mean":
+            return True
+        if self.r == math.inf:
+            return self.estimator != "in_batch"
+        return self.r == b > 1 and self.source == "second_moment" and self.e_q == 0
+
     def floor(self, s):
         if self.source == "squared_batch_mean":
             return s
@@ -76,29 +86,41 @@ class Adam:
             return torch.maximum(s, self.m.square())
         if self.e_q == 0:
             return s
-        return torch.maximum(s, self.q / self.r * self.mass(self.betas[1], self.e) / self.mass(self.betas[1], self.e_q))
+        covered = self.e - self.waiting
+        return torch.maximum(
+            s, self.q / self.r * self.mass(self.betas[1], covered) / self.mass(self.betas[1], self.e_q)
+        )
 
-    def step(self, g):
-        """g (B, *shape): per-example gradients."""
+    def step(self, g, gathered=True):
+        """g (B, *shape): per-example gradients, whose squares are known if they were gathered."""
         g = g + self.l2 * self.p
         b, m, q = len(g), g.mean(0), g.square().mean(0)
+        moves = gathered or self.alone(b)
         v = self.value(g)
         self.e += b
+        self.waiting += b
         if self.remembers:
             self.previous = m
-        w1, w2 = (self.weight(beta, b, self.e) for beta in self.betas)
+        w1 = self.weight(self.betas[0], b, self.e)
         squares = self.source in ("second_moment", "mean_square") and self.r != math.inf
-        if squares and (self.r > b or self.e_q):
-            self.e_q += b
-            w3 = self.weight(self.betas[1], b, self.e_q)
-            self.q = (1 - w3) * self.q + w3 * q
-        self.s = (1 - w2) * self.s + w2 * v
+        if moves:
+            new, self.waiting = self.waiting, 0
+            if squares and (self.r > b or self.e_q):
+                self.e_q += new
+                w3 = self.weight(self.betas[1], new, self.e_q)
+                self.q = (1 - w3) * self.q + w3 * q
+            w2 = self.weight(self.betas[1], new, self.e)
+            self.s = (1 - w2) * self.s + w2 * v
         self.m = (1 - w1) * self.m + w1 * m
         s = self.floor(self.s)
         if self.amsgrad:
-            correction = 1 - self.rho(self.betas[1], self.e) if self.kind == "debiased_ewma" else 1.0
-            self.largest = torch.maximum(self.largest, s * correction)
+            covered = self.e - self.waiting
+            correction = 1 - self.rho(self.betas[1], covered) if self.kind == "debiased_ewma" else 1.0
+            if moves:
+                self.largest = torch.maximum(self.largest, s * correction)
             s = self.largest / correction
+        if self.sampled and self.source != "variance" and not self.alone(b):  # no element moves by more than lr
+            s = torch.maximum(s, self.m.square())
         below = 1 + s.sqrt() / self.eps if self.denominator == "slides" else s.sqrt() + self.eps
         self.p = self.p * (1 - self.lr * self.decay) ** (b / self.b0)
         self.p = self.p - b / self.b0 * self.lr * self.m / below

@@ -135,7 +135,7 @@ def test_workers_read_ahead_and_a_checkpoint_does_not_count_that():
 def measured(g):
     """What `update` reads of a handle, for per-example gradients g (B, d)."""
     total = estimate(g.mean(0).square().sum(), g.square().sum() / len(g), len(g)) if len(g) > 1 else None
-    return SimpleNamespace(batch_size=len(g), noise_scale=SimpleNamespace(total=total))
+    return SimpleNamespace(batch_size=len(g), gathered=True, noise_scale=SimpleNamespace(total=total))
 
 
 def grow(size, total, b_simple, d=20, lr=0.0, seed=0):
@@ -205,7 +205,7 @@ def certain(size, b_simple, steps):
     for i in range(steps):
         used.append(size(0))
         total = NoiseEstimate(torch.tensor(1 + 1e-3 * (-1) ** i), torch.tensor(float(b_simple)))
-        size.update(SimpleNamespace(batch_size=used[-1], noise_scale=SimpleNamespace(total=total)))
+        size.update(SimpleNamespace(batch_size=used[-1], gathered=True, noise_scale=SimpleNamespace(total=total)))
     return used
 
 

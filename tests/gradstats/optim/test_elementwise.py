@@ -54,13 +54,37 @@ def check(found, compiled=False, phases=("both",), scalars=SCALARS):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_any_shape_small_large_and_empty(compiled, monkeypatch):
-    monkeypatch.setitem(elementwise.BLOCK, "cpu", 64)
+    monkeypatch.setattr(elementwise, "BLOCK", 64)
+    monkeypatch.setattr(elementwise, "SMALL", 16)
+    monkeypatch.setattr(elementwise, "LARGEST", 64)
     check(columns((3,), (), (0, 2), (200,), (5, 30), (4, 4), (64,), (65,), (1, 63)), compiled)
+
+
+def test_a_compiled_kernel_takes_several_rows_at_once(monkeypatch):
+    """As often as there are as many; the others one by one, and large ones piece by piece."""
+    monkeypatch.setattr(elementwise, "LARGEST", 5)
+    calls = []
+
+    def kernel(*tensors):
+        calls.append(tensors[:-1])
+
+    k = torch.ones(1)
+    rows = [(torch.full((n,), float(n)), torch.full((n,), -float(n))) for n in (1, 2, 3, 12, 4)]
+    elementwise.run_compiled({1: kernel, 3: kernel}, iter(rows), k)
+    assert [[len(t) for t in call] for call in calls] == [[1, 1, 2, 2, 3, 3], [5, 5, 5, 5, 2, 2], [4, 4]]
+    assert all((call[i] == -call[i + 1]).all() for call in calls for i in range(0, len(call), 2))
+
+
+def test_kernels_of_several_rows_are_for_many_parameters():
+    def kernels(n):
+        return elementwise.compiled_kernels(Toy(), "both", columns(*[(2,)] * n), SCALARS)
+
+    assert set(kernels(elementwise.ROWS - 1)) == {1} and set(kernels(elementwise.ROWS)) == {1, elementwise.ROWS}
 
 
 def test_joins_are_bounded(monkeypatch):
     """Small tensors are put together until they fill a block, not all at once."""
-    monkeypatch.setitem(elementwise.BLOCK, "cpu", 10)
+    monkeypatch.setattr(elementwise, "SMALL", 10)
     sizes = []
     original = torch.cat
 

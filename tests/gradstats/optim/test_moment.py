@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradstats import attach
-from gradstats.optim import BatchInvariantAdam, BatchInvariantSGD
+from gradstats.optim import BatchInvariantAdam, BatchInvariantRMSprop, BatchInvariantSGD
 from tests.gradstats.optim import reference
 from tests.gradstats.optim.problem import problem, train
 from tests.gradstats.optim.quartic import compare
@@ -45,6 +45,19 @@ def test_adam_follows_its_equations(r, options, l2):
         lambda ps: BatchInvariantAdam(ps, **numbers, **chosen, **decay, reference_batch_size=r, batch_size=TUNED),
         lambda p: reference.Adam(p, **numbers, **chosen, weight_decay=0, l2=l2, reference=r, batch_size=TUNED),
     )
+
+
+@pytest.mark.parametrize("kind", [BatchInvariantAdam, BatchInvariantRMSprop])
+def test_a_batch_of_the_reference_size_reads_no_squares(kind):
+    """v_B = m^2, unless q~ goes on; a single example's v_1 = q."""
+
+    def reads(r, b, state=()):
+        optimizer = kind([torch.zeros(1)], batch_size=TUNED, reference_batch_size=r)
+        return optimizer.update(optimizer.param_groups[0], b, dict.fromkeys(state)).reads
+
+    assert reads(8, 8) == reads(64, 64) == ()
+    for r, b, state in ((8, 4, ()), (8, 16, ()), (8, 8, ("exp_avg_q",)), (1, 1, ()), (1, 8, ())):
+        assert reads(r, b, state) == ("sum_of_squares",)
 
 
 def test_the_slides_lr_is_that_of_sgd():
