@@ -1,150 +1,143 @@
-"""The price of the statistics: forward and backward with them, as a ratio to the plain step, in one process.
+"""The price of the statistics: time and memory of a training step with them, beside the plain step and other libraries.
 
-python -m experiments.benchmark                     all workloads, prints the table and writes outputs/benchmark.json
-python -m experiments.benchmark --steps 50 mlp      one workload, more steps
+python -m experiments.benchmark                          the whole table and the scales: half an hour on two cores
+python -m experiments.benchmark mlp gpt -c 'ours-*'      two workloads, ours alone
+python -m experiments.benchmark --quick                  tiny shapes, to see that everything runs
+python -m experiments.benchmark --record                 measures, adds the run to docs/benchmark.json, writes the pages
+python -m experiments.benchmark --record FILE            the same for a benchmark.json that was measured elsewhere
+python -m experiments.benchmark gpt2_small --device cuda --dtype bfloat16
 
-Contestants alternate step by step, so that a change of the machine's speed meets all of them alike; a ratio is taken
-pair by pair, and its median and quartiles are shown.
+Every measurement has a fresh process. For time, steps of the contestant alternate with steps of plain torch, and a
+ratio is taken pair by pair; processes of different contestants alternate too. Results are checked before they are
+timed. The same command continues a run that was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import fnmatch
 import json
 import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch import Tensor, nn
 
-import gradstats
-from experiments.gpt import GPT
+from experiments.benchmarks import record
+from experiments.benchmarks.contestants import CONTESTANTS
+from experiments.benchmarks.machine import machine, peers
+from experiments.benchmarks.report import Run, page
+from experiments.benchmarks.results import Results, code
+from experiments.benchmarks.run import Plan, run
+from experiments.benchmarks.workloads import SCALES, WORKLOADS, Settings
+from experiments.errors import UserError
 
-
-@dataclass(frozen=True)
-class Workload:
-    model: Callable[[], nn.Module]
-    batch: Callable[[], tuple[Tensor, Tensor]]
-    loss: Callable[[Tensor, Tensor], Tensor]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MEASUREMENTS, TABLES, FIGURE, SUMMARY = "measurements.json", "benchmark.md", "benchmark.png", "benchmark.json"
 
 
-def images() -> tuple[Tensor, Tensor]:
-    return torch.randn(256, 784), torch.randint(0, 10, (256,))
+def matching(patterns: Sequence[str], names: Iterable[str], kind: str) -> list[str]:
+    """In the order of the names. Raises: UserError for a pattern without a match."""
+    names = list(names)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(f"no {kind} is called {pattern}: choose among {', '.join(names)}")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def text() -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(0, 256, (16, 129))
-    return tokens[:, :-1], tokens[:, 1:]
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {arguments.device}: there is no CUDA device here")
+    for name, least in (("steps", 2), ("processes", 1), ("threads", 1)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name}: {least} at least")
+    on_cuda = arguments.device.startswith("cuda")
+    everything = [*(name for name, w in WORKLOADS.items() if on_cuda or not w.large), *SCALES]
+    chosen = matching(arguments.workloads, [*WORKLOADS, *SCALES], "workload") if arguments.workloads else everything
+    contestants = matching(arguments.contestants or ["*"], CONTESTANTS, "contestant")
+    return Plan(
+        workloads=[name for name in chosen if name in WORKLOADS],
+        scales=[name for name in chosen if name in SCALES],
+        contestants=contestants,
+        named=bool(arguments.contestants),
+        settings=Settings(arguments.device, DTYPES[arguments.dtype], arguments.threads, arguments.quick),
+        steps=2 if arguments.quick else arguments.steps,
+        seconds=0.0 if arguments.quick else arguments.seconds,
+        processes=1 if arguments.quick else arguments.processes,
+        limit=arguments.limit,
+    )
 
 
-def perceptron() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-
-
-WORKLOADS = {
-    "mlp": Workload(perceptron, images, F.cross_entropy),
-    "gpt": Workload(
-        lambda: GPT(words=256, width=256, layers=4, heads=4, positions=128),
-        text,
-        lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten()),
-    ),
-}
-STATISTICS = {"second_moment": ("second_moment",), "norms": ("norms",), "both": ("second_moment", "norms")}
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Milliseconds are medians; `ratio` is the median over pairs of steps, between its quartiles."""
-
-    workload: str
-    statistics: str
-    plain_ms: float
-    attached_ms: float
-    lower: float
-    ratio: float
-    upper: float
-    steps: int
-
-
-def measure(name: str, steps: int, warmup: int = 3) -> list[Measurement]:
-    torch.manual_seed(0)
-    workload = WORKLOADS[name]
-    plain = workload.model()
-    models = {"plain": plain}
-    for contestant, names in STATISTICS.items():
-        models[contestant] = copy.deepcopy(plain)
-        gradstats.attach(models[contestant], *names)
-    x, y = workload.batch()
-    seconds: dict[str, list[float]] = {contestant: [] for contestant in models}
-    for i in track(range(warmup + steps), f"{name}: {steps} steps of {len(models)} contestants", transient=True):
-        for contestant, model in models.items():
-            start = time.perf_counter()
-            workload.loss(model(x), y).backward()
-            elapsed = time.perf_counter() - start
-            model.zero_grad()
-            if i >= warmup:
-                seconds[contestant].append(elapsed)
-    found = []
-    for contestant in STATISTICS:
-        lower, middle, upper = ratio(seconds[contestant], seconds["plain"])
-        plain_ms, attached_ms = (1e3 * statistics.median(seconds[c]) for c in ("plain", contestant))
-        found.append(Measurement(name, contestant, plain_ms, attached_ms, lower, middle, upper, steps))
-    return found
-
-
-def ratio(seconds: list[float], baseline: list[float]) -> list[float]:
-    """Lower quartile, median and upper quartile of the ratios, pair by pair."""
-    return statistics.quantiles([a / b for a, b in zip(seconds, baseline, strict=True)], n=4, method="inclusive")
-
-
-def machine(threads: int) -> dict[str, Any]:
+def about(plan: Plan) -> dict[str, Any]:
+    """What a measurement depends on, beside its own name."""
+    settings = plan.settings
     return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "gradstats": gradstats.__version__,
+        **machine(settings.threads, settings.device),
+        **peers(),
+        "device": settings.device,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "quick": settings.quick,
+        "steps": plan.steps,
+        "seconds": plan.seconds,
+        "processes": plan.processes,
+        "code": code(),
     }
 
 
-def save(output: Path, threads: int, results: Sequence[Any]) -> None:
-    """Results, which are dataclasses, and the machine that they were measured on."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    written = {"machine": machine(threads), "results": [asdict(result) for result in results]}
-    output.write_text(json.dumps(written, indent=2) + "\n")
-    print(f"written: {output}")
+def measured(plan: Plan, output: Path) -> Run:
+    """Runs what is missing, and writes tables and figure."""
+    results = Results(output / MEASUREMENTS, about(plan))
+    if results.dropped:
+        print(f"{results.dropped} measurements in {results.path} are of another machine, setting or code: begun anew")
+    run(plan, results)
+    found = Run.of(results)
+    record.write(output / SUMMARY, json.dumps(found.to_json(), indent=1) + "\n")
+    record.write(output / TABLES, page(found) + "\n")
+    drawn = [FIGURE] if record.draw(found, output / FIGURE) else []
+    print("\n" + page(found) + "\n")
+    print(f"written: {', '.join(str(output / name) for name in (SUMMARY, TABLES, *drawn))}")
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join([*WORKLOADS, *SCALES])
+    parser.add_argument("workloads", nargs="*", help=f"names or patterns of: {names}")
+    parser.add_argument("-c", "--contestants", nargs="+", help=f"names or patterns of: {', '.join(CONTESTANTS)}")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 by autocast")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    parser.add_argument("--steps", type=int, default=20, help="measured pairs of steps in a process, at most")
+    parser.add_argument("--seconds", type=float, default=2.0, help="after which a process stops at fewer pairs")
+    parser.add_argument("--processes", type=int, default=2, help="that time a contestant")
+    parser.add_argument("--limit", type=float, default=120, help="seconds after which a process is given up")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, two pairs of steps")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
+    parser.add_argument("--record", nargs="?", const=True, metavar="FILE", help=f"keep the run in {record.RECORD}")
+    parser.add_argument("--pages", action="store_true", help="measure nothing, write the pages from the record")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workload", nargs="?", choices=[*WORKLOADS, "all"], default="all")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps of each contestant")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
-    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.json"))
-    arguments = parser.parse_args()
-    if arguments.steps < 2:
-        parser.error("--steps: quartiles need at least 2")
-    torch.set_num_threads(arguments.threads)
-    names = WORKLOADS if arguments.workload == "all" else [arguments.workload]
-    found = [m for name in names for m in measure(name, arguments.steps)]
-
-    table = Table("workload", "statistics", "plain ms", "attached ms", "ratio", "quartiles")
-    for m in found:
-        row = (f"{m.plain_ms:.1f}", f"{m.attached_ms:.1f}", f"{m.ratio:.2f}", f"{m.lower:.2f} to {m.upper:.2f}")
-        table.add_row(m.workload, m.statistics, *row)
-    Console().print(table)
-    save(arguments.output, arguments.threads, found)
+    arguments = parser().parse_args()
+    try:
+        if not arguments.pages:
+            recorded = isinstance(arguments.record, str)
+            found = (
+                record.load_run(Path(arguments.record)) if recorded else measured(plan_of(arguments), arguments.output)
+            )
+            if arguments.record:
+                record.append(found)
+        if arguments.pages or arguments.record:
+            record.write_pages()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

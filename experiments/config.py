@@ -58,6 +58,11 @@ class Normalisation(StrEnum):
     layer = "layer"
 
 
+class StatisticsDtype(StrEnum):
+    exact = "exact"
+    bfloat16 = "bfloat16"
+
+
 class TrackerMode(StrEnum):
     offline = "offline"
     online = "online"
@@ -192,6 +197,7 @@ class AdaScaleConfig(OptimizerConfig):
 @dataclass
 class EngineConfig:
     name: str = MISSING
+    statistics_dtype: StatisticsDtype = StatisticsDtype.exact
 
 
 @dataclass

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.documents import Cell, Table
 from experiments.estimation_error import Error, coincide
 from experiments.grid import Array
-from experiments.tables import Cell, Table
 from gradstats.optim.moment import ESTIMATORS
 
 DRAWS = 1000

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). `causal`: a position sees itself and those before it."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool = True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -21,7 +21,7 @@ class Block(nn.Module):
         n, t, width = x.shape
         heads = self.query_key_value(self.attention_norm(x)).view(n, t, 3, self.heads, -1)
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # (n, heads, t, width / heads) each
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.projection(mixed.transpose(1, 2).reshape(n, t, width))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -38,5 +38,6 @@ class GPT(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)  # (1, t)
+        # (n, t) and not (1, t): Opacus, with which this is compared, would take all examples for one.
+        positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
         return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(positions))))

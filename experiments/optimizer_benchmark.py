@@ -28,12 +28,11 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from experiments.benchmark import machine, ratio, save
+from experiments.benchmarks.machine import machine, ratio, save
 from experiments.config import CONF, OptimizerConfig, compose_config
+from experiments.documents import Table, fill_document, markdown
 from experiments.gpt import GPT
 from experiments.optimizers import OURS, attach_statistics, build_optimizer, stepper
-from experiments.readme import fill_document, markdown
-from experiments.tables import Table
 from gradstats.optim.base import ExampleOptimizer
 
 BATCH = 16

@@ -29,6 +29,7 @@ from experiments.config import (
     SaturatingAdamConfig,
     SaturatingSGDConfig,
     SGDConfig,
+    StatisticsDtype,
     VarianceAdaptedAdamConfig,
     VarianceAdaptedSGDConfig,
 )
@@ -151,7 +152,12 @@ def read_statistics(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 
 def attach_statistics(
-    model: nn.Module, optimizer: torch.optim.Optimizer, config: OptimizerConfig, *more: str, engine: str = "fused"
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: OptimizerConfig,
+    *more: str,
+    engine: str = "fused",
+    statistics_dtype: StatisticsDtype = StatisticsDtype.exact,
 ) -> gradstats.Handle | None:
     """What the optimizer reads, and more; a model of which nothing is read stays plain."""
     names = tuple(dict.fromkeys((*read_statistics(optimizer), *more)))
@@ -160,7 +166,8 @@ def attach_statistics(
     if isinstance(config, MicrobatchAdamWConfig):
         size = config.microbatch_size
         return gradstats.attach(model, *names, engine=engine, granularity="microbatch", microbatch_size=size)
-    return gradstats.attach(model, *names, engine=engine)
+    dtype = torch.bfloat16 if statistics_dtype is StatisticsDtype.bfloat16 else None
+    return gradstats.attach(model, *names, engine=engine, statistics_dtype=dtype)
 
 
 def stepper(optimizer: torch.optim.Optimizer, batch_size: int | None) -> Callable[[], Any]:

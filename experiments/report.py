@@ -25,11 +25,12 @@ from rich.markup import escape as escape_markup
 
 from experiments import figure, record
 from experiments.atomic import atomic_write
+from experiments.documents import Cell, Table
 from experiments.errors import UserError, command_line
-from experiments.findings import Estimate, Finding, findings
+from experiments.findings import Finding, findings
 from experiments.invariance import Analysis, Comparison, analyse
 from experiments.record import Record
-from experiments.tables import Table, tables
+from experiments.tables import tables
 
 FILE = "study.json"
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -170,11 +171,11 @@ def _table(table: Table) -> str:
     )
 
 
-def _row(row: Sequence[str | Estimate]) -> str:
+def _row(row: Sequence[Cell]) -> str:
     return f'<th scope="row">{escape(str(row[0]))}</th>' + "".join(f"<td>{_cell(cell)}</td>" for cell in row[1:])
 
 
-def _cell(cell: str | Estimate) -> str:
+def _cell(cell: Cell) -> str:
     if isinstance(cell, str):
         return f'<span class="value">{escape(cell)}</span>'
     interval = f' <span class="interval">[{cell.interval()}]</span>' if cell.text() != "–" else ""

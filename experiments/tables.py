@@ -2,36 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import rich.box
-import rich.table
-
-from experiments.findings import Estimate, estimate
+from experiments.documents import Cell, Table
+from experiments.findings import estimate
 from experiments.invariance import Analysis
-
-Cell = str | Estimate
-
-
-@dataclass(frozen=True)
-class Table:
-    """The first column holds the optimizers; emphasised rows are ours."""
-
-    title: str
-    explanation: str
-    columns: list[str]
-    rows: list[list[Cell]]
-    emphasised: tuple[int, ...]
-
-    def rich(self) -> rich.table.Table:
-        """Without intervals, which would not fit into 80 columns."""
-        table = rich.table.Table(title=self.title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        cells = [[cell if isinstance(cell, str) else cell.text() for cell in row] for row in self.rows]
-        for i, column in enumerate(self.columns):
-            table.add_column("\n".join(column.split()), justify="right" if i else "left", no_wrap=True)
-        for i, row in enumerate(cells):
-            table.add_row(*row, style="bold" if i in self.emphasised else "")
-        return table
 
 
 def tables(analysis: Analysis) -> list[Table]:

@@ -74,7 +74,14 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, config.optimizer, B, config.train.max_norm)
     detail = ("second_moment", "norms") if config.tracker.detail else ()
-    statistics = attach_statistics(model, optimizer, config.optimizer, *detail, engine=config.engine.name)
+    statistics = attach_statistics(
+        model,
+        optimizer,
+        config.optimizer,
+        *detail,
+        engine=config.engine.name,
+        statistics_dtype=config.engine.statistics_dtype,
+    )
     peak_lr = optimizer.param_groups[0]["lr"]
     gradient_limit = None if isinstance(optimizer, ExampleOptimizer) else config.train.max_norm
     step = stepper(optimizer, B if statistics is None else None)
@@ -148,7 +155,10 @@ def prepare(config: Config) -> torch.device:
     available = torch.cuda.is_available()
     if config.device is Device.cuda and not available:
         raise UserError("device=cuda, but torch sees no GPU here: use device=cpu or device=auto")
-    return torch.device("cuda" if available and config.device is not Device.cpu else "cpu")
+    device = torch.device("cuda" if available and config.device is not Device.cpu else "cpu")
+    # On the CPU a run repeats, and continues, bit for bit: nothing may be chosen by measured time (gradstats.choice).
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    return device
 
 
 @torch.no_grad()

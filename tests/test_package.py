@@ -53,7 +53,9 @@ def test_wheel_holds_the_library_alone(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0] for name in names} == {"gradstats", f"gradstats-{gradstats.__version__}.dist-info"}
     assert "gradstats/py.typed" in names
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "gradstats").rglob("*.py")}
+    sources = {
+        str(path.relative_to(ROOT)) for ending in ("py", "cpp") for path in (ROOT / "gradstats").rglob(f"*.{ending}")
+    }
     assert sources <= set(names)
     metadata = zipfile.ZipFile(wheel).read(f"gradstats-{gradstats.__version__}.dist-info/METADATA").decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from experiments.readme import fill
+from experiments.documents import fill
 from gradstats.engines import ENGINES
 from gradstats.statistics import STATISTICS
 from tests.models import HUGGING_FACE
@@ -25,7 +25,7 @@ from tests.trap_probe import PROBE
 from tests.traps import EXACT, MODES, TRAPS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/exactness.md", "docs/experiments.md", "docs/optimizers.md"]
+PAGES = ["README.md", "docs/benchmark.md", "docs/exactness.md", "docs/experiments.md", "docs/optimizers.md"]
 README = (ROOT / PAGES[0]).read_text()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 BLOCKS = [block for name in PAGES for block in BLOCK.findall((ROOT / name).read_text())]
@@ -42,6 +42,8 @@ ELSEWHERE = {
 }
 # Appended to a command that would take too long as it stands.
 SHORTENED = {
+    "python -m experiments.benchmark": ["--quick", "-c", "plain", "loop"],
+    "python -m experiments.benchmark mlp gpt -c 'ours-*'": ["--quick"],
     "python -m experiments.memory": shlex.split(
         "--layers=1 --width=16 --heads=2 --words=50 --positions=8 --batch-size=2"
     ),
@@ -93,7 +95,7 @@ def traps() -> str:
 def written(name: str) -> str:
     """A page as its blocks and the tables of the tests have it."""
     page = typed((ROOT / name).read_text())
-    return fill(page, "traps", traps()) if name == "docs/exactness.md" else page
+    return fill(page, "traps", traps(), Path(name)) if name == "docs/exactness.md" else page
 
 
 def without_times(page: str) -> str:

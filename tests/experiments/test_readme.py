@@ -43,17 +43,6 @@ def test_results_stand_between_the_markers(folder: Path, monkeypatch: pytest.Mon
     assert Path("README.md").read_text() == text
 
 
-def test_price_stands_between_its_markers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = {"workload": "mlp", "statistics": "norms", "plain_ms": 1.0, "attached_ms": 1.25}
-    measured |= {"lower": 1.2, "ratio": 1.25, "upper": 1.3, "steps": 7}
-    readme.BENCHMARK.parent.mkdir()
-    readme.BENCHMARK.write_text(json.dumps({"machine": {"threads": 2}, "results": [measured]}))
-    Path("README.md").write_text(TEXT + "<!-- price: how -->\n<!-- /price -->\n")
-    assert launch(monkeypatch, "study") == 0
-    text = Path("README.md").read_text()
-    assert "| mlp | norms | 1.25 | 1.20 to 1.30 | 7 |" in text and "threads 2" in text
-
-
 def test_memory_stands_between_its_markers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = {"layers": 2, "width": 16, "words": 99, "positions": 8, "batch_size": 4}
     measured = shape | {"torch": "2", "machine": "abacus", "parameters": 1, "plain": 9.6, "attached": 10.2, "limit": 11}

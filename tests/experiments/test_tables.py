@@ -3,9 +3,10 @@ import io
 import pytest
 from rich.console import Console
 
+from experiments.documents import Table
 from experiments.findings import Estimate
 from experiments.invariance import analyse
-from experiments.tables import Table, tables
+from experiments.tables import tables
 from tests.experiments.synthetic import COMPARISON, study
 
 

@@ -1,0 +1,64 @@
+"""What a measurement was taken with, and what all benchmarks do with what they measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gradstats
+from experiments.atomic import atomic_write
+
+PEERS = ("opacus", "backpack-for-pytorch")
+
+
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
+    on_cuda = torch.device(device).type == "cuda"
+    return {
+        "processor": torch.cuda.get_device_name(device) if on_cuda else processor(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gradstats": gradstats.__version__,
+    }
+
+
+def processor() -> str:
+    """Its model where the system tells, else its kind."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def peers() -> dict[str, str]:
+    """Versions of the libraries to compare with, of those that are installed."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of the ratios, pair by pair; of a single one, itself."""
+    ratios = [a / b for a, b in zip(seconds, baseline, strict=True)]
+    return ratios * 3 if len(ratios) == 1 else statistics.quantiles(ratios, n=4, method="inclusive")
+
+
+def save(output: Path, threads: int, results: Sequence[Any]) -> None:
+    """Results, which are dataclasses, and the machine that they were measured on."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    written = {"machine": machine(threads), "results": [asdict(result) for result in results]}
+    with atomic_write(output) as file:
+        file.write((json.dumps(written, indent=2) + "\n").encode())
+    print(f"written: {output}")

@@ -1,0 +1,70 @@
+"""Runs worth keeping, in docs/benchmark.json, and the pages that are written from them: never by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from experiments.atomic import atomic_write
+from experiments.benchmarks.report import Run, page, summary
+from experiments.documents import fill_document
+from experiments.errors import UserError
+
+RECORD = Path("docs/benchmark.json")
+PAGE = Path("docs/benchmark.md")
+README = Path("README.md")
+
+
+def load_run(path: Path) -> Run:
+    try:
+        return Run.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no benchmark.json of a run ({type(error).__name__}: {error})") from error
+
+
+def append(run: Run) -> None:
+    """Adds a run to the record. Raises: UserError for a quick one."""
+    if run.about["quick"]:
+        raise UserError("a quick run says nothing about prices: run without --quick to record")
+    runs = [*records(), run]
+    write(RECORD, json.dumps([r.to_json() for r in runs], indent=1) + "\n")
+
+
+def records() -> list[Run]:
+    return [Run.from_json(found) for found in json.loads(RECORD.read_text())] if RECORD.exists() else []
+
+
+def write_pages() -> None:
+    """docs/benchmark.md from the newest run of each device, its figures, and the README's table from that on a CPU.
+
+    Raises: UserError without a record, or without markers to write between."""
+    newest = {str(run.about["device"]).partition(":")[0]: run for run in records()}
+    if not newest:
+        raise UserError(f"nothing is recorded in {RECORD}: python -m experiments.benchmark --record")
+    parts = []
+    for device, run in newest.items():
+        figure = RECORD.with_name(f"benchmark_{device}.png")
+        drawn = [f"![Time against memory]({figure.name})"] if draw(run, figure) or figure.exists() else []
+        parts.append("\n\n".join([f"## {run.about['processor']}, {run.about['dtype']}", *drawn, page(run)]))
+    fill_document(PAGE, "runs", "\n\n".join(parts))
+    if "cpu" in newest:
+        fill_document(README, "price", summary(newest["cpu"]))
+
+
+def draw(run: Run, path: Path) -> bool:
+    """Whether a figure was written: machines that only measure may lack matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from experiments.benchmarks.plot import draw
+    from experiments.figure import image
+
+    with atomic_write(path) as file:
+        file.write(image(draw(run), "png"))
+    return True
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.encode())

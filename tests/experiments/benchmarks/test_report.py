@@ -1,0 +1,65 @@
+"""A run in words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from experiments.benchmarks.report import Run, page, summary
+from experiments.benchmarks.results import Results
+from tests.experiments.benchmarks.synthetic import ABOUT, run
+
+
+def test_page_has_a_line_for_every_contestant_ours_first() -> None:
+    lines = page(run()).splitlines()
+    assert "Measured on 2026-01-01: device cpu, dtype float32, threads 2, processor abacus, torch 2" in lines[0]
+    assert "**MLP 784-1024-1024-10.** B = 256, width = 1,024." in lines
+    table = [line for line in lines if line.startswith("| ")]
+    assert table[1:5] == [
+        "| **gradstats** | second moment | 1.50 | 1.40 to 1.60 | 15 | +1.04 | 2e-07 |",
+        "| **gradstats** | norms | 1.12 | 1.02 to 1.23 | 11.2 | +0.00 | 2e-07 |",
+        "| **gradstats** | all | 1.60 | 1.50 to 1.70 | 16 | +1.04 | 2e-07 |",
+        "| **gradstats, 8 micro-batches** | second moment | 1.01 | 0.91 to 1.11 | 10.1 | +1.04 | est. |",
+    ]
+    assert "| plain torch, against itself | – | 1.00 | 0.90 to 1.10 | 10 | +0.00 | – |" in table
+    assert "| BackPACK, SumGradSquared | second moment | wrong: 3.0% off | – | – | – | – |" in table
+    assert "| Opacus, ghost clipping | norms | not installed | – | – | – | – |" in table
+    assert "| Opacus, hooks | second moment | 120 | 120 to 120 | 1.2e+03 | +1.04 | 2e-07 |" in table
+    assert "| B: MLP | norms | 1 | 4 | 2.00, 4.00 | 0.50 | 1.00 |" in table
+
+
+def test_summary_names_the_best_of_those_that_are_right() -> None:
+    """Neither the wrong one, nor an estimate, nor one of ours."""
+    lines = summary(run()).splitlines()
+    row = "| MLP 784-1024-1024-10 | 1.50 | 1.12 | 1.60 | +1.04 | 9.50 (torch.func, all at once) | – |"
+    assert lines[2] == row and "abacus" in lines[-1]
+
+
+def test_quick_runs_name_their_own_shapes() -> None:
+    assert "B = 8, width = 16." in page(run(quick=True))
+
+
+def test_runs_come_back_from_json_even_with_columns_of_other_versions() -> None:
+    written = json.loads(json.dumps(run().to_json()))
+    written["rows"][0]["colour"] = "blue"
+    del written["rows"][1]["resident"]
+    assert Run.from_json(written) == run()
+
+
+def test_a_run_has_the_rows_that_were_measured(tmp_path) -> None:
+    results = Results(tmp_path / "measurements.json", ABOUT)
+    results["gpt", "loop", "check"] = {"error": "takes more than 9 s"}
+    results["mlp", "loop", "check"] = {"gradient_error": 0.0, "statistic_error": 0.0}
+    for value, own in ((1, 1.0), (4, 8.0), (16, 64.0)):
+        results[f"scale_batch={value}", "ours-norms", "time0"] = {"plain": [1.0] * 2, "seconds": [own] * 2, "cycle": 1}
+    results["scale_width=64", "ours-norms", "time0"] = {"plain": [1.0] * 2, "seconds": [1.0] * 2, "cycle": 1}
+    results["scale_depth=2", "ours-norms", "time0"] = {"error": "crashed"}
+    found = Run.of(results)
+    assert [(r.workload, r.contestant, r.error) for r in found.rows] == [
+        ("mlp", "loop", None),
+        ("gpt", "loop", "takes more than 9 s"),
+    ]
+    (growth,) = found.growths  # one point has no slope
+    assert (growth.scale, growth.values, growth.ratio) == ("scale_batch", [1, 4, 16], [1.0, 8.0, 64.0])
+    assert growth.slope == pytest.approx(1.5) and growth.plain_slope == pytest.approx(0)
