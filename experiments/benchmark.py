@@ -64,7 +64,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         named=bool(arguments.contestants),
         settings=Settings(arguments.device, DTYPES[arguments.dtype], arguments.threads, arguments.quick),
         steps=2 if arguments.quick else arguments.steps,
-        seconds=0.0 if arguments.quick else arguments.seconds,
+        seconds=arguments.seconds,
         processes=1 if arguments.quick else arguments.processes,
         limit=arguments.limit,
     )
@@ -110,7 +110,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 by autocast")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--steps", type=int, default=20, help="measured pairs of steps in a process, at most")
-    parser.add_argument("--seconds", type=float, default=2.0, help="after which a process stops at fewer pairs")
+    parser.add_argument("--seconds", type=float, default=1.5, help="after which a process stops at fewer pairs")
     parser.add_argument("--processes", type=int, default=2, help="that time a contestant")
     parser.add_argument("--limit", type=float, default=120, help="seconds after which a process is given up")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two pairs of steps")

@@ -198,6 +198,8 @@ class AdaScaleConfig(OptimizerConfig):
 class EngineConfig:
     name: str = MISSING
     statistics_dtype: StatisticsDtype = StatisticsDtype.exact
+    every: int = 1
+    fraction: float = 1.0
 
 
 @dataclass
@@ -327,6 +329,13 @@ def check_ranges(config: Config) -> None:
             raise UserError(f"{key}={value} must be positive")
     if config.seed < 0:
         raise UserError(f"seed={config.seed} must not be negative")
+    # A resumed run begins with a step that gathers: so must the step after the checkpoint in a run that goes on.
+    apart, between = config.engine.every * config.train.batch_size, config.train.checkpoint_every_examples
+    if config.engine.every > 1 and between % apart:
+        raise UserError(
+            f"train.checkpoint_every_examples={between} must be a multiple of engine.every * train.batch_size = "
+            f"{apart}, or a resumed run would be another one"
+        )
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import gradstats
 from gradstats.optim import BatchInvariantAdam
 from gradstats.optim.adam import AdamUpdate
-from gradstats.optim.base import Age
 from gradstats.optim.moment import ESTIMATORS
+from gradstats.optim.parts import Age
 from gradstats.optim.update import Values
 
 

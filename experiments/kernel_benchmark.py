@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.atomic import atomic_write
-from experiments.benchmarks.machine import machine, ratio
-from gradstats.contribution import OuterSum
+from experiments.benchmarks.machine import save
+from experiments.benchmarks.turns import alternate, ratio
+from gradstats.forms.outer import OuterSum
 from gradstats.optim.adam import AdamUpdate
 from gradstats.optim.moment import Moment
 
@@ -167,8 +166,7 @@ def adam(sizes: Sequence[int], dtype: torch.dtype, device: str) -> Case:
     flat = {name: torch.rand(sum(sizes), device=device).to(own.get(name, torch.float32)) for name in names}
     columns = {name: tensor.split(list(sizes)) for name, tensor in flat.items()}
     scalars = dict.fromkeys(adam.SCALARS, 0.5)
-    moment = Moment(None, floored=False, infinite=False, signed=False, reads=True, remembers=False)
-    update = AdamUpdate(moment, False, "adam", coupled=False, statistics=("second_moment",))
+    update = AdamUpdate(Moment(reads=True), statistics=("second_moment",))
     others = [parameter.clone().requires_grad_() for parameter in columns["parameter"]]
     for other, gradient in zip(others, columns["gradient"], strict=True):
         other.grad = gradient
@@ -223,11 +221,9 @@ def measure(kernel: str, case: Case, dtype: str, turns: int) -> list[Measurement
     errors = {name: [error(*pair) for pair in zip(way(), expected, strict=False)] for name, way in case.ways.items()}
     del expected
     times: dict[str, list[float]] = {name: [] for name in case.ways}
-    order = list(case.ways)
-    for _ in range(turns):
+    for order in itertools.islice(alternate(case.ways), turns):
         for name in order:
             times[name].append(milliseconds(case.ways[name]))
-        order.append(order.pop(0))
     return [
         Measurement(
             kernel,
@@ -274,11 +270,7 @@ def main() -> None:
                 continue
             print(*map(line, measured), sep="\n", flush=True)
             found += measured
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    written = {"machine": machine(torch.get_num_threads(), "cuda"), "results": [asdict(m) for m in found]}
-    with atomic_write(arguments.output) as file:
-        file.write((json.dumps(written, indent=2) + "\n").encode())
-    print(f"written: {arguments.output}")
+    save(arguments.output, torch.get_num_threads(), found, "cuda")
     wrong = [m for m in found if m.errors and max(m.errors) > TOLERANCE[arguments.dtype]]
     if wrong:
         raise SystemExit(

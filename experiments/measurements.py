@@ -38,7 +38,7 @@ class Measurements:
         """Waits for the device once, or twice with histograms."""
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         squares = self._by_layer({name: gradient.float().square().sum() for name, gradient in gradients.items()})
-        if self.statistics is None:
+        if self.statistics is None or not self.statistics.gathered:
             return {"gradient/norm": squares.sum().sqrt().item()}
         moments = self._by_layer({name: q.sum() for name, q in self.statistics.second_moment.items()})
         values: dict[str, Value] = {}

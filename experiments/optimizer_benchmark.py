@@ -28,7 +28,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from experiments.benchmarks.machine import machine, ratio, save
+from experiments.benchmarks.machine import machine, save
+from experiments.benchmarks.turns import alternate, ratio
 from experiments.config import CONF, OptimizerConfig, compose_config
 from experiments.documents import Table, fill_document, markdown
 from experiments.gpt import GPT
@@ -109,15 +110,14 @@ def measure(shape: str, parameters: int, name: str, steps: int, threads: int, wa
     told = BATCH if handle is None else None
     takers = {contestant: stepper(optimizer, told) for contestant, optimizer in optimizers.items()}
     seconds: dict[str, list[float]] = {contestant: [] for contestant in optimizers}
-    order = list(optimizers)
+    turns = alternate(optimizers)
     for i in track(range(warmup + steps), f"{shape}, {parameters:,}: {name}", transient=True):
-        for contestant in order:
+        for contestant in next(turns):
             start = time.perf_counter()
             takers[contestant]()
             elapsed = time.perf_counter() - start
             if i >= warmup:
                 seconds[contestant].append(elapsed)
-        order.append(order.pop(0))
     size = sum(p.numel() for p in tensors)
     found = []
     for contestant, optimizer in optimizers.items():

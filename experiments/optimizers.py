@@ -23,6 +23,7 @@ from experiments.config import (
     BatchInvariantRMSpropConfig,
     BatchInvariantSGDConfig,
     BatchInvariantSignSGDConfig,
+    EngineConfig,
     MicrobatchAdamWConfig,
     OptimizerConfig,
     QuenchingSGDConfig,
@@ -69,6 +70,9 @@ def half_life(tuned: Hyperparameters, k: float) -> Hyperparameters:
     first, second = (beta**k for beta in tuned.betas)
     return Hyperparameters(tuned.lr * sqrt(k), (first, second), tuned.eps)
 
+
+ENGINES = ("fused", "vmap", "opacus")
+FUSED = EngineConfig("fused")
 
 ADAM_RULES: dict[str, Rule] = {
     "adam": fixed,
@@ -156,18 +160,34 @@ def attach_statistics(
     optimizer: torch.optim.Optimizer,
     config: OptimizerConfig,
     *more: str,
-    engine: str = "fused",
-    statistics_dtype: StatisticsDtype = StatisticsDtype.exact,
+    engine: EngineConfig = FUSED,
+    generator: torch.Generator | None = None,
 ) -> gradstats.Handle | None:
-    """What the optimizer reads, and more; a model of which nothing is read stays plain."""
+    """What the optimizer reads, and more; a model of which nothing is read stays plain. `generator` draws the examples
+    of engine.fraction.
+
+    Raises: UserError for an engine that this loop cannot serve; GradstatsError for what the engine or the optimizer
+    cannot do with a part of the statistics."""
+    if engine.name not in ENGINES:
+        raise UserError(
+            f"engine.name={engine.name}: a step of this loop is one backward pass of the mean loss, for which there "
+            f"are {', '.join(ENGINES)}"
+        )
     names = tuple(dict.fromkeys((*read_statistics(optimizer), *more)))
     if not names:
         return None
-    if isinstance(config, MicrobatchAdamWConfig):
-        size = config.microbatch_size
-        return gradstats.attach(model, *names, engine=engine, granularity="microbatch", microbatch_size=size)
-    dtype = torch.bfloat16 if statistics_dtype is StatisticsDtype.bfloat16 else None
-    return gradstats.attach(model, *names, engine=engine, statistics_dtype=dtype)
+    microbatch_size = config.microbatch_size if isinstance(config, MicrobatchAdamWConfig) else None
+    return gradstats.attach(
+        model,
+        *names,
+        engine=engine.name,
+        granularity="example" if microbatch_size is None else "microbatch",
+        microbatch_size=microbatch_size,
+        statistics_dtype=torch.bfloat16 if engine.statistics_dtype is StatisticsDtype.bfloat16 else None,
+        every=engine.every,
+        fraction=engine.fraction,
+        generator=generator if engine.fraction < 1 else None,
+    )
 
 
 def stepper(optimizer: torch.optim.Optimizer, batch_size: int | None) -> Callable[[], Any]:

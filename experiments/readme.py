@@ -2,16 +2,13 @@
 
 python -m experiments.readme outputs/batch_size_invariance
 
-The study's tables and findings come from that directory; memory from outputs/memory.json, where
-`python -m experiments.memory` has written it. `python -m experiments.benchmark --record` writes the price.
+The study's tables and findings come from that directory. `python -m experiments.benchmark --record` writes the price.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -23,7 +20,6 @@ from experiments.report import Outcome
 
 README = Path("README.md")
 FIGURE = Path("docs/batch_size_invariance.png")
-MEMORY = Path("outputs/memory.json")
 
 
 def section(outcome: Outcome, description: report.Description) -> str:
@@ -38,20 +34,6 @@ def section(outcome: Outcome, description: report.Description) -> str:
     return "\n\n".join(parts)
 
 
-def memory(measured: dict[str, Any]) -> str:
-    """Peaks of a step, plain and with statistics, and what the second may come to."""
-    rows = {
-        "parameters": "parameters",
-        "plain step": "plain",
-        "with the exact second moment": "attached",
-        "bar: plain step, one buffer like the parameters, 10%": "limit",
-    }
-    lines = ["| | MiB |", "|---|---|", *(f"| {title} | {measured[key]:.0f} |" for title, key in rows.items())]
-    m = measured
-    shape = f"{m['layers']} layers, d = {m['width']}, {m['words']} words, T = {m['positions']}, B = {m['batch_size']}"
-    return "\n".join([*lines, "", f"{shape}; torch {m['torch']}, {m['machine']}."])
-
-
 def write(directory: Path) -> None:
     """Make the report again, and bring README and figure up to date."""
     if not README.exists():
@@ -59,8 +41,6 @@ def write(directory: Path) -> None:
     text = fill(README.read_text(encoding="utf-8"), "results", "", README)  # markers first: the analysis takes a while
     outcome = report.remake(directory, Console(quiet=True))
     text = fill(text, "results", section(outcome, report.Description.load(directory)), README)
-    if MEMORY.exists():
-        text = fill(text, "memory", memory(json.loads(MEMORY.read_text())), README)
     with atomic_write(README) as file:
         file.write(text.encode())
     FIGURE.parent.mkdir(exist_ok=True)

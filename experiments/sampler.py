@@ -1,8 +1,9 @@
-"""The order of the examples: one for all batch sizes, and resumable from a single number."""
+"""The order of the examples: one for all batch sizes, and resumable from a single number; and what is drawn of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,3 +51,16 @@ class Sampler:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+class Draws:
+    """What draws the examples that statistics are gathered over (engine.fraction), resumable."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())

@@ -33,7 +33,7 @@ from experiments.optimizers import attach_statistics, build_optimizer, stepper
 from experiments.progress import Notify, progress_bar, silent
 from experiments.record import Record
 from experiments.resume import previous_run, restore, save
-from experiments.sampler import Sampler
+from experiments.sampler import Draws, Sampler
 from experiments.schedule import budget, evaluation_counts, every, learning_rate_schedule
 from experiments.tracker import Value, how_to_look, open_tracker
 from gradstats.optim.base import ExampleOptimizer
@@ -74,13 +74,9 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, config.optimizer, B, config.train.max_norm)
     detail = ("second_moment", "norms") if config.tracker.detail else ()
+    draws = Draws(config.seed)
     statistics = attach_statistics(
-        model,
-        optimizer,
-        config.optimizer,
-        *detail,
-        engine=config.engine.name,
-        statistics_dtype=config.engine.statistics_dtype,
+        model, optimizer, config.optimizer, *detail, engine=config.engine, generator=draws.generator
     )
     peak_lr = optimizer.param_groups[0]["lr"]
     gradient_limit = None if isinstance(optimizer, ExampleOptimizer) else config.train.max_norm
@@ -89,7 +85,7 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
     forward = torch.compile(model) if config.hardware.compile else model
     precision = torch.autocast(device.type, torch.bfloat16) if config.hardware.bf16 else nullcontext()
 
-    parts = {"model": model, "optimizer": optimizer, "sampler": sampler, "measurements": measurements}
+    parts = {"model": model, "optimizer": optimizer, "sampler": sampler, "draws": draws, "measurements": measurements}
     result, run_id = restore(config, directory, parts, device)
     if sampler.position > 0:
         stops = [stop for stop in stops if stop > sampler.position]

@@ -34,16 +34,23 @@ class Uses:
     units: int = 0  # how many contributions were squared: examples, unless another granularity was asked for
     weight: float = 1.0  # of the sums, where they are over a part of the examples
     gradient: Tensor | None = None  # of the uses backpropagated so far
+    dtype: torch.dtype | None = None  # of the parameter as the first use takes it
+    task: int = -1  # the run of autograd that has reached a use
+
+    def begin(self) -> None:
+        """A use is reached: forgets what a backward pass that was cut short by an exception has left."""
+        task = torch._C._current_graph_task_id()
+        if task != self.task:
+            self.task, self.gradient = task, None
+            self.parts.clear()
 
     def take(self, gradient: Tensor) -> bool:
-        """Adds a use's gradient to those that the first use returns; not in low precision, which autograd sums in the
-        parameter's own."""
-        if gradient.dtype != accumulation_dtype(gradient.dtype):
+        """Adds a use's gradient to those that the first use returns; unless that is in another precision, or in a low
+        one, where autograd sums in the parameter's own."""
+        if gradient.dtype != self.dtype or gradient.dtype != accumulation_dtype(gradient.dtype):
             return False
-        same = self.gradient is None or self.gradient.dtype == gradient.dtype
-        if same:
-            self.gradient = gradient if self.gradient is None else self.gradient.add_(gradient)
-        return same
+        self.gradient = gradient if self.gradient is None else self.gradient.add_(gradient)
+        return True
 
     def give(self) -> Tensor | None:
         """What `take` has added up, which is forgotten here; None if it took nothing."""
@@ -174,8 +181,10 @@ class Account:
         """A backward pass begins: what leaves returned in an earlier one, cut short, is nothing to compare with."""
         self._returned.clear()
 
-    def _arrives(self, incoming: Tensor) -> None:
+    def _arrives(self, incoming: Tensor | None) -> None:
         """Compares the gradient that reaches the parameter in this pass with what the leaf returned."""
+        if incoming is None:  # the layer was reached, and the loss does not depend on it
+            return
         returned, self._returned = self._returned, []
         self._explained = bool(returned) or self.handle.lifetime.passes_plainly
         if self.handle.lifetime.passes_plainly:

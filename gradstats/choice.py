@@ -40,7 +40,7 @@ def fastest(key: Hashable, ways: Mapping[str, Callable[[], T]]) -> T:
     if name not in ways:
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return next(iter(ways.values()))()  # nothing runs during a capture
-        name = _chosen[key] = measured(ways)
+        name = _chosen[key] = _measured(ways)
     return ways[name]()
 
 
@@ -55,27 +55,32 @@ def unmeasured() -> Iterator[None]:
         _unmeasured = before
 
 
-def chosen() -> dict[Hashable, str]:
-    """The way taken by key, for reading; and for writing: what another process found is pinned by `update`."""
-    return _chosen
+def choices() -> dict[Hashable, str]:
+    """The ways taken so far, by key."""
+    return dict(_chosen)
 
 
-def measured(ways: Mapping[str, Callable[[], object]]) -> str:
+def pin(ways: Mapping[Hashable, str]) -> None:
+    """Takes these ways from here on, unmeasured: the `choices` of another process, so that this one computes alike."""
+    _chosen.update(ways)
+
+
+def _measured(ways: Mapping[str, Callable[[], object]]) -> str:
     """The name of the fastest way, by measurement. Raises what the last way raised if none has the memory it needs."""
     best = dict.fromkeys(ways, float("inf"))
     candidates = dict(ways)
     for _ in range(ROUNDS):
         for name, way in list(candidates.items()):
             try:
-                best[name] = min(best[name], seconds(way))
-            except (MemoryError, RuntimeError) as error:
+                best[name] = min(best[name], _seconds(way))
+            except Exception as error:
                 del candidates[name]
-                if not (candidates and is_out_of_memory(error)):
+                if not (candidates and lacks_memory(error)):
                     raise
     return min(candidates, key=best.__getitem__)
 
 
-def seconds(way: Callable[[], object]) -> float:
+def _seconds(way: Callable[[], object]) -> float:
     """How long one run takes, on the device too."""
     synchronize()
     start = time.perf_counter()
@@ -90,6 +95,8 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or torch's allocator on the CPU, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def lacks_memory(error: Exception) -> bool:
+    """Whether a device, or torch's allocator on the CPU, had no memory left, or a Triton kernel asked for more shared
+    memory than there is."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return known or type(error).__name__ == "OutOfResources"  # Triton's, which need not be installed

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradstats.arguments import ExampleDims
 from gradstats.attach import attach
-from gradstats.errors import MissingStatistic
+from gradstats.errors import GradstatsError, MissingStatistic
 from gradstats.statistics import Wanted
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -72,8 +72,10 @@ def compute(
     """Statistics of the per-example gradients of loss_fn(model(x), y); what `attach` takes is as it defines it.
 
     x is a tensor, a tuple of positional arguments or a dict of keyword arguments. Gradients that the parameters hold
-    already are untouched. Raises what `attach` raises.
+    already are untouched. Raises what `attach` raises, and GradstatsError for engine "random_sign", which needs the
+    losses of single examples where loss_fn gives that of the batch.
     """
+    refuse_losses(engine)
     held = {p: p.grad for p in model.parameters()}
     for p in held:
         p.grad = None
@@ -101,6 +103,15 @@ def compute(
     finally:
         for p, grad in held.items():
             p.grad = grad
+
+
+def refuse_losses(engine: str) -> None:
+    """Raises: GradstatsError for an engine that loss_fn cannot serve."""
+    if engine == "random_sign":
+        raise GradstatsError(
+            "engine 'random_sign' backpropagates losses of single examples (B,), and loss_fn gives the loss of the "
+            "batch: use attach(model, engine='random_sign') and stats.backward(losses), or another engine here"
+        )
 
 
 def call(model: nn.Module, x: Any) -> Any:

@@ -5,274 +5,197 @@
     sum_b c_b^2              (*shape)      "sum_of_squares"
     ||c_b||^2                (n,)          "squared_norms"
 
-A layer rule says which form its parameters have. A form reduces itself to the gradient and to the two sums above,
-sharing the work between them; any other sum sees the contributions of all examples, block by block (blocks.py). Sums
-are in float32 or wider whatever the dtype of the layer: squares overflow float16.
+A layer rule says which form its parameters have (forms/). A form reduces itself to the gradient and to the two sums
+above, sharing the work between them; any other sum sees blocks of the contributions of all examples to some elements.
+No block exceeds BLOCK numbers, so that a sum may need all examples at once (a median, inner products of pairs) without
+n x parameter in memory. Sums are in float32 or wider whatever the dtype of the layer: squares overflow float16.
 
 Index letters in every file: n example, t position, i input, o output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from functools import cached_property, partial
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from math import prod
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from gradstats import kernels, native
-from gradstats.blocks import BLOCK, CACHED, DIRECT, Contribution, tiles
-from gradstats.choice import fastest
-from gradstats.products import product
-from gradstats.sums import accumulation_dtype, wide
+from gradstats.errors import CoverageError
+from gradstats.sums import GRADIENT, OF_SQUARES, SUMS, Block, RawSum, Reduction, wide
 
-# Gram matrices for norms only pay when T^2 (in + out) < GRAM_ADVANTAGE in out: measured crossover near T = 50 on square
-# layers. The usual criterion 2 T^2 < in out counts multiplications and picks the slower path.
-GRAM_ADVANTAGE = 10
-# From here on a matmul for each example comes close enough to the batch matmul to be measured beside better ways.
-MANY_POSITIONS = 32
+# Elements of a block, n x k; and on the CPU, where what is made of one should find it in a second-level cache.
+BLOCK = 2**20
+CACHED = 2**18
 
 
-class Dense(Contribution):
-    """All contributions at hand, c (n, *shape): vmap leaves, and what is small."""
+class Contribution(ABC):
+    """Contributions of all examples of a batch to one parameter's gradient."""
 
-    def __init__(self, c: Tensor):
-        self.c = c
-        self.count, self.shape, self.dtype, self.device = c.shape[0], tuple(c.shape[1:]), c.dtype, c.device
+    count: int  # examples, or what else counts as one after `regroup`
+    shape: tuple[int, ...]  # of the parameter
+    dtype: torch.dtype
+    device: torch.device
+    parameter: str = ""  # its full name, where it is known
+    statistics_dtype: torch.dtype | None = None  # of products that serve sums of positive terms; None: exact
+
+    FORMS: ClassVar[dict[str, type[Contribution]]] = {}  # by name
+
+    def __init_subclass__(cls) -> None:
+        Contribution.FORMS[cls.__name__] = cls
 
     @property
     def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return (self.c,), ()
+        """Tensors and integers from which `of` makes the same again, where a compiled graph runs."""
+        raise CoverageError(f"parameter '{self.parameter}': {type(self).__name__} is not for torch.compile")
 
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], integers: Sequence[int]) -> Contribution:
+        """The form with these `operands`."""
+        return cls(*tensors, *integers)
+
+    # What a form provides
+
+    @abstractmethod
     def gradient(self) -> Tensor:
-        return self.c.sum(0)
+        """sum_b c_b, shaped like the parameter."""
 
+    def added_to(self, gradient: Tensor) -> Tensor:
+        """The same, added in place to what other uses of the parameter contribute."""
+        return gradient.add_(self.gradient())
+
+    @abstractmethod
     def example(self, n: int) -> Tensor:
-        return self.c[n]
+        """c_n, shaped like the parameter; may be overwritten by the next call."""
 
+    @abstractmethod
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        return self.c.reshape(self.count, *self._matrix)[:, rows, columns]
-
-    def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        found = {}
-        c2 = wide(self.c).square()  # (n, *shape)
-        if "sum_of_squares" in names:
-            found["sum_of_squares"] = c2.sum(0)
-        if "squared_norms" in names:
-            found["squared_norms"] = c2.reshape(self.count, -1).sum(1)
-        return self.gradient(), found
-
-    def subset(self, index: Tensor) -> Contribution:
-        return Dense(self.c[index])
-
-    def merged(self, size: int) -> Contribution:
-        return Dense(self.c.unflatten(0, (-1, size)).sum(1))
-
-
-class PositionSum(Dense):
-    """c_b = sum_t c_bt of contributions (n, positions..., *shape) at hand: biases, normalisation layers. The parameter
-    has `dim` dimensions."""
-
-    def __init__(self, c: Tensor, dim: int):
-        super().__init__(c if c.dim() == dim + 1 else c.flatten(1, -dim - 1).sum(1))
-        self.positions = c
-
-    @property
-    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return (self.positions,), (len(self.shape),)
-
-    def per_token(self) -> Contribution:
-        return Dense(self.positions.reshape(-1, *self.shape))
-
-
-# f with f(d a) = f(d) f(a), whose sum over examples is a matmul of f(d) and f(a).
-MULTIPLICATIVE = {"sum_of_squares": torch.square, "abs_mean": torch.abs, "sign_mean": torch.sign}
-
-
-class Outer(Contribution):
-    """c_b = d_b a_b^T, one position an example: d (n, o) and a (n, i).
-
-    sum_b f(c_b) = f(d)^T f(a), a second matmul and no example's gradient; <c_a, c_b> = <d_a, d_b> <a_a, a_b>. A kernel
-    in C++ has both matmuls in hardly more time than the first.
-    """
-
-    def __init__(self, d: Tensor, a: Tensor):
-        self.d, self.a = d, a
-        self.count, self.shape, self.dtype, self.device = d.shape[0], (d.shape[1], a.shape[1]), d.dtype, d.device
-
-    @property
-    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return (self.d, self.a), ()
-
-    def gradient(self) -> Tensor:
-        return self.d.T @ self.a
-
-    def example(self, n: int) -> Tensor:
-        return torch.outer(self.d[n], self.a[n])
-
-    def tile(self, rows: slice, columns: slice) -> Tensor:
-        return wide(self.d[:, rows]).unsqueeze(2) * wide(self.a[:, columns]).unsqueeze(1)
-
-    def sums(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        d, a = self.d.unsqueeze(1), self.a.unsqueeze(1)
-        if "sum_of_squares" not in names or not DIRECT.issuperset(names) or not native.serves(d, a):
-            return super().sums(names)
-        squares = ["sum_of_squares"]
-        key = ("Outer", self.dtype, self.statistics_dtype, *self.shape, self.count.bit_length())
-        ways = {"native": partial(native.outer_sum, d, a, squares), "products": partial(super().sums, squares)}
-        if self.statistics_dtype is not None:
-            ways = dict(reversed(ways.items()))  # the error that was asked for, unless being exact is faster
-        gradient, found = fastest(key, ways)
-        return gradient, found | self.closed(set(names).difference(squares))
+        """c (n, r, k) of a part of the parameter, seen as a matrix of shape[0] rows."""
 
     def closed(self, names: Collection[str]) -> dict[str, Tensor]:
-        d, a, dtype = wide(self.d), wide(self.a), self.statistics_dtype
-        found = {name: product(f(d).T, f(a), dtype) for name, f in MULTIPLICATIVE.items() if name in names}
-        if "squared_norms" in names:
-            found["squared_norms"] = d.square().sum(1) * a.square().sum(1)
-        if "gram" in names:
-            found["gram"] = product(d, d.T, dtype) * product(a, a.T, dtype)
-        return found
+        """Those of the sums called `names` that have a formula which needs no example's contribution."""
+        return {}
+
+    def direct(self, names: Collection[str]) -> Reduction:
+        """The gradient and those of OF_SQUARES that are named, in one pass that is faster than over blocks."""
+        return self.from_blocks(names)
 
     def per_token(self) -> Contribution:
-        return Outer(self.d, self.a)
+        """Contributions of every position by itself. Raises: CoverageError where positions cannot be told apart."""
+        raise CoverageError(
+            f"parameter '{self.parameter}' {self.shape}: what a single position contributes to it is not at hand "
+            f"({type(self).__name__}). Use granularity='example', or ignore=['{self.parameter}']"
+        )
 
+    @abstractmethod
     def subset(self, index: Tensor) -> Contribution:
-        return Outer(self.d[index], self.a[index])
+        """Contributions of the examples at `index` (m,)."""
 
+    @abstractmethod
     def merged(self, size: int) -> Contribution:
-        return OuterSum(self.d.unflatten(0, (-1, size)), self.a.unflatten(0, (-1, size)))
+        """Contributions of groups of `size` consecutive examples."""
 
+    # What follows
 
-class Streamed(Contribution):
-    """Contributions formed one example at a time: gradient and sums in one pass, memory of one example's gradient.
+    def like(self, other: Contribution) -> Self:
+        """This one, called and computed as `other` is."""
+        self.parameter, self.statistics_dtype = other.parameter, other.statistics_dtype
+        return self
 
-    A tile takes its part of every example's contribution, which is formed anew for each tile: a form that can compute a
-    part of it alone overrides `tile`.
-    """
+    def sums(self, names: Collection[str]) -> Reduction:
+        """The gradient and the sums called `names`, in the cheapest way."""
+        found = self.closed(names)
+        rest = [name for name in names if name not in found]
+        if not rest:
+            return self.gradient(), found
+        gradient, others = self.direct(rest) if OF_SQUARES.issuperset(rest) else self.from_blocks(rest)
+        return gradient, found | others
 
-    def tile(self, rows: slice, columns: slice) -> Tensor:
-        parts = (self.example(n).reshape(self._matrix)[rows, columns].clone() for n in range(self.count))
-        return torch.stack(list(parts))
+    def sums_over(self, index: Tensor, names: Collection[str]) -> Reduction:
+        """The gradient of all examples, and the sums over those at `index` (m,)."""
+        part = self.subset(index).like(self)
+        found = part.closed(names)
+        rest = [name for name in names if name not in found]
+        return self.gradient(), found | (part.sums(rest)[1] if rest else {})
 
-    def parts(self) -> Iterator[tuple[slice, Contribution]]:
-        """Rows of the parameter, and the contributions to these alone: all at once, where that is not too large."""
-        yield slice(None), self
+    def from_blocks(self, names: Collection[str]) -> Reduction:
+        """The gradient and any sums, from blocks of all examples and some elements."""
+        raws = [GRADIENT, *(SUMS[name] for name in names)]
+        blocks = self.blocks(zeros=not all(raw.ignores_zeros for raw in raws))
+        found = gather(raws, blocks, self.count, self.shape, self.dtype, self.device)
+        return found.pop(GRADIENT.key).to(self.dtype), found
 
-    def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        dtype = accumulation_dtype(self.dtype)
-        gradient = torch.zeros(self.shape, dtype=dtype, device=self.device)
-        squares = torch.zeros_like(gradient) if "sum_of_squares" in names else None
-        norms = torch.zeros(self.count, dtype=dtype, device=self.device) if "squared_norms" in names else None
-        for rows, part in self.parts():
-            for n in range(self.count):
-                c = wide(part.example(n))
-                gradient[rows] += c
-                if squares is not None:
-                    squares[rows].addcmul_(c, c)
-                if norms is not None:
-                    norms[n] += torch.dot(c.reshape(-1), c.reshape(-1))
-        found = {"sum_of_squares": squares, "squared_norms": norms}
-        return gradient.to(self.dtype), {name: value for name, value in found.items() if value is not None}
+    def blocks(self, limit: int = BLOCK, zeros: bool = True) -> Iterator[Block]:
+        """Contributions of all examples, at most `limit` numbers at a time (but one element at least).
 
-    def merged(self, size: int) -> Contribution:
-        return Groups(self, size)
-
-
-class Groups(Streamed):
-    """Groups of `size` consecutive examples of another form."""
-
-    def __init__(self, whole: Contribution, size: int):
-        self.whole, self.size = whole, size
-        self.count, self.shape = whole.count // size, whole.shape
-        self.dtype, self.device = whole.dtype, whole.device
-
-    def gradient(self) -> Tensor:
-        return self.whole.gradient()
-
-    def subset(self, index: Tensor) -> Contribution:
-        members = torch.arange(self.size, device=index.device)
-        return Groups(self.whole.subset((index.unsqueeze(1) * self.size + members).flatten()), self.size)
-
-    def example(self, n: int) -> Tensor:
-        c = self.whole.example(n * self.size).clone()
-        for m in range(n * self.size + 1, (n + 1) * self.size):
-            c += self.whole.example(m)
-        return c
-
-
-class OuterSum(Streamed):
-    """c_b = sum_t d_bt a_bt^T, positions summed before squaring: d (n, t, o) and a (n, t, i).
-
-    The gradient is the sum of what is formed for the squares, and the batch matmul is not computed:
-
-        native  by a kernel in C++, which keeps c_b in registers: about the time of the batch matmul
-        triton  the same on a GPU
-        blocks  by elements, of all examples: small parameters
-        stream  by examples, one after the other: where they have many positions, memory is no burden
-        gram    norms alone, ||c_b||^2 = <d_b d_b^T, a_b a_b^T>, beside the batch matmul: few positions
-    """
-
-    def __init__(self, d: Tensor, a: Tensor):
-        self.d, self.a = d, a
-        self.count, self.dtype, self.device = d.shape[0], d.dtype, d.device
-        self.shape = (d.shape[2], a.shape[2])
-
-    @cached_property
-    def _buffer(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        Without `zeros`, elements to which no example contributes may be left out.
+        """
+        height, width = self._matrix
+        if self.device.type == "cpu":
+            limit = min(limit, CACHED)
+        for rows, columns in tiles(height, width, limit // max(1, self.count)):
+            row, column = (torch.arange(s.start, s.stop, device=self.device) for s in (rows, columns))
+            elements = (row.unsqueeze(1) * width + column).flatten()
+            yield Block(wide(self.tile(rows, columns)).flatten(1), elements, self.parameter)
 
     @property
-    def operands(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        return (self.d, self.a), ()
+    def _matrix(self) -> tuple[int, int]:
+        """The shape of the parameter as a matrix."""
+        return (self.shape[0], prod(self.shape[1:])) if self.shape else (1, 1)
 
-    def example(self, n: int) -> Tensor:
-        return torch.mm(self.d[n].T, self.a[n], out=self._buffer)
+    def regroup(self, granularity: str, size: int | None = None) -> Contribution:
+        """Contributions of what `granularity` counts as one: an example, a position ("token"), or `size` consecutive
+        examples ("microbatch").
 
-    def parts(self) -> Iterator[tuple[slice, Contribution]]:
-        for rows, _ in tiles(self.shape[0], 1, max(1, BLOCK // self.shape[1])):
-            yield rows, OuterSum(self.d[:, :, rows], self.a)
+        Raises: CoverageError where positions cannot be told apart, or if the last group would be short.
+        """
+        if granularity == "example":
+            return self
+        if granularity == "token":
+            regrouped = self.per_token()
+        elif not size or self.count % size:
+            raise CoverageError(
+                f"parameter '{self.parameter}' {self.shape}: {self.count} examples are not a whole number of "
+                f"micro-batches of {size}. Choose a microbatch_size that divides the batch"
+            )
+        else:
+            regrouped = self.merged(size)
+        return regrouped.like(self)
 
-    def tile(self, rows: slice, columns: slice) -> Tensor:
-        return self.d[:, :, rows].mT @ self.a[:, :, columns]
 
-    def gradient(self) -> Tensor:
-        return self.d.flatten(0, 1).T @ self.a.flatten(0, 1)
+def gather(
+    raws: Sequence[RawSum],
+    blocks: Iterable[Block],
+    count: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Raw sums by key, over the blocks of a parameter of the given shape and dtype and `count` examples."""
+    found: dict[str, Tensor] = {}
+    for block in blocks:
+        for raw in raws:
+            partial = raw.partial(block)
+            if raw.per == "element":
+                if raw.key not in found:
+                    found[raw.key] = partial.new_zeros(prod(shape))
+                found[raw.key][block.elements] = partial
+            else:
+                found[raw.key] = raw.merge(found[raw.key], partial) if raw.key in found else partial
+    results = {}
+    for raw in raws:
+        size = raw.shape(count, shape)
+        result = found[raw.key] if raw.key in found else torch.zeros(size, device=device)  # no element at all
+        results[raw.key] = result.reshape(size).to(raw.dtype(dtype))
+    return results
 
-    def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        (n, t, _), shape = self.d.shape, self.shape
-        key = ("OuterSum", *sorted(names), self.device.type, self.dtype, *shape, n.bit_length(), t.bit_length())
-        return fastest(key, self.ways(names))
 
-    def ways(self, names: Collection[str]) -> dict[str, Callable[[], tuple[Tensor, dict[str, Tensor]]]]:
-        """Those worth measuring, the likeliest one first."""
-        (n, t, o), i = self.d.shape, self.shape[1]
-        ways: dict[str, Callable[[], tuple[Tensor, dict[str, Tensor]]]] = {}
-        if native.serves(self.d, self.a):
-            ways["native"] = partial(native.outer_sum, self.d, self.a, names)
-        if kernels.available(self.d, self.a):
-            from gradstats.kernels import linear  # imports Triton
-
-            ways |= linear.ways(self.d, self.a, names)
-        if "sum_of_squares" not in names and t**2 * (o + i) < GRAM_ADVANTAGE * o * i:
-            ways["gram"] = self.gram
-        if not ways and n * o * i <= CACHED:
-            ways["blocks"] = partial(self.from_blocks, names)
-        elif not ways or t >= MANY_POSITIONS:
-            ways["stream"] = partial(super().direct, names)
-        return ways
-
-    def gram(self) -> tuple[Tensor, dict[str, Tensor]]:
-        d, a = wide(self.d), wide(self.a)
-        gram = product(d, d.mT, self.statistics_dtype) * product(a, a.mT, self.statistics_dtype)  # (n, t, t)
-        return self.gradient(), {"squared_norms": gram.sum((1, 2))}
-
-    def per_token(self) -> Contribution:
-        return Outer(self.d.flatten(0, 1), self.a.flatten(0, 1))
-
-    def subset(self, index: Tensor) -> Contribution:
-        return OuterSum(self.d[index], self.a[index])
-
-    def merged(self, size: int) -> Contribution:
-        d, a = (x.reshape(-1, size * x.shape[1], x.shape[2]) for x in (self.d, self.a))
-        return OuterSum(d, a)
+def tiles(height: int, width: int, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Parts of a matrix with at most `limit` elements each, whole rows where they fit."""
+    k = min(width, max(1, limit))
+    r = max(1, limit // max(k, 1))
+    for row in range(0, height, r):
+        for column in range(0, width, k):
+            yield slice(row, min(row + r, height)), slice(column, min(column + k, width))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from gradstats.contribution import Dense
+from gradstats.forms.dense import Dense
 from gradstats.noise_scale import NoiseEstimate
 from gradstats.window import Statistic, Window
 

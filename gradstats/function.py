@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_map
 
 from gradstats.contribution import Contribution
 from gradstats.errors import CoverageError
-from gradstats.joint import MENDABLE, Looked, look, sums_of
-from gradstats.rows import Rows
+from gradstats.forms.rows import Rows
+from gradstats.joint import Looked, look, sums_of
 from gradstats.rules import Rule
+from gradstats.sums import OF_SQUARES
 
 if TYPE_CHECKING:
     from gradstats.account import Account, Uses
@@ -127,6 +128,7 @@ def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradient
     kinds, lifetime = call.leaf.handle.needs, call.leaf.handle.lifetime
     for name, (_, uses, collects) in call.used.items():
         own, found = contributions.get(name), {}
+        uses.begin()
         index = None  # examples that the sums are over, if not all
         if own is not None:
             uses.units = own.count
@@ -164,7 +166,7 @@ def postpone(
     own: Contribution, uses: Uses, kinds: tuple[str, ...], index: Tensor | None
 ) -> tuple[Tensor, Contribution | Looked]:
     """The gradient of a use, and what of it waits for the first use."""
-    looked_up = uses.ids and uses.whole == 1 and not isinstance(own, Rows) and MENDABLE.issuperset(kinds)
+    looked_up = uses.ids and uses.whole == 1 and not isinstance(own, Rows) and OF_SQUARES.issuperset(kinds)
     if index is None:
         return look(own, torch.cat(uses.ids, 1), kinds) if looked_up else (own.gradient(), own)
     part = own.subset(index).like(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -111,9 +112,14 @@ class Handle(Readable):
         return 1
 
     @property
+    def fraction(self) -> float:
+        """The part of a window's examples that statistics are of."""
+        return 1.0
+
+    @property
     def sampled(self) -> bool:
         """Whether statistics are of a part of what is seen."""
-        return False
+        return self.every > 1 or self.fraction < 1
 
     def skipped(self, name: str) -> bool:
         """Whether what was backpropagated through a parameter in this window was not gathered."""
@@ -172,8 +178,11 @@ class Handle(Readable):
         return Left(gradient, self.reads_gradient, self.follows_clipping)
 
     def __repr__(self) -> str:
-        names = ", ".join(self.statistics)
-        return f"{type(self).__name__}({type(self.model).__name__}: {names}; batch_size={self.batch_size})"
+        asked = [*self.statistics]
+        asked += [f"every={self.every}"] if self.every > 1 else []
+        asked += [f"fraction={self.fraction:g}"] if self.fraction < 1 else []
+        asked += [f"statistics_dtype={self.statistics_dtype}"] if self.statistics_dtype is not None else []
+        return f"{type(self).__name__}({type(self.model).__name__}: {', '.join(asked)}; batch_size={self.batch_size})"
 
     def __enter__(self) -> Self:
         return self
@@ -221,15 +230,24 @@ class Handle(Readable):
                 raise MissingStatistic(
                     "this handle is detached: its statistics are gone. attach(model) gives a new one"
                 )
-            raise MissingStatistic(
-                f"no parameter '{key}' in the attached model; its parameters are {list(self.parameters())}"
-            )
+            if (alias := self.alias_of(key)) is not None:
+                return alias
+            near = difflib.get_close_matches(key, self.parameters(), n=3) or list(self.parameters())[:10]
+            raise MissingStatistic(f"no parameter '{key}' in the attached model, which has {near}")
         if (known := self.registered(key)) is not None:
             return known
         for name, p in self.parameters().items():
             if p is key:
                 return name
         raise MissingStatistic(f"a parameter of shape {tuple(key.shape)} does not belong to the attached model")
+
+    def alias_of(self, name: str) -> str | None:
+        """The name under which a parameter is known that the model has under several, as tied weights."""
+        try:
+            parameter = self.model.get_parameter(name)
+        except AttributeError:
+            return None
+        return next((own for own, p in self.parameters().items() if p is parameter), None)
 
     def window(self, key: str | Tensor, needs: Sequence[str], needs_gradient: bool = False) -> Window:
         """What was backpropagated through one parameter since its gradient was last None, in units of the loss that
@@ -250,7 +268,7 @@ class Handle(Readable):
                 entries = [entry for entry in STATISTICS if need in keys(STATISTICS[entry]())]
                 way_out = f"attach(model, {entries[0]!r}, ...)" if entries else "give its statistic to attach"
                 raise MissingStatistic(f"{(entries or [need])[0]!r} was not collected: {way_out}")
-        multiplied = bool(needs) or needs_gradient
+        multiplied, fraction = bool(needs) or needs_gradient, self.fraction
 
         def window(name: str, parameter: Tensor) -> Window:
             sums, size = self.sums(name, needs)
@@ -263,8 +281,7 @@ class Handle(Readable):
                     f"stats.clip_grad_norm_(max_norm); where a trainer clips, attach(..., follow_clipping=True); name "
                     f"a GradScaler, attach(..., grad_scaler=scaler); or read this statistic before."
                 )
-            elements, sampled = parameter.numel(), self.sampled
-            return Window(sums, gradient, size, self.loss_reduction, elements, factor=factor, sampled=sampled)
+            return Window(sums, gradient, size, self.loss_reduction, parameter.numel(), 1.0, 1.0, factor, fraction)
 
         return window
 

@@ -7,7 +7,8 @@ tokens. Only there do they meet:
 
     (h + e)^2 = h^2 + (2 h e + e^2)
 
-so the head is reduced in its own backward, and all that waits for the embedding's is h_b at the rows looked up.
+so the head is reduced in its own backward, and all that waits for the embedding's is h_b at the rows looked up. Sums
+that are not of squares need c_b itself.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradstats.contribution import Contribution, Dense, Outer, OuterSum, Streamed
-from gradstats.rows import Rows
-from gradstats.sums import wide
-
-# Sums of squares, which the formula above mends afterwards; any other sum needs c_b itself.
-MENDABLE = frozenset({"sum_of_squares", "squared_norms"})
+from gradstats.contribution import Contribution
+from gradstats.forms.dense import Dense
+from gradstats.forms.outer import Outer, OuterSum
+from gradstats.forms.rows import Rows
+from gradstats.forms.streamed import Streamed
+from gradstats.sums import OF_SQUARES, wide
 
 
 def sums_of(parts: Sequence[Contribution | Looked], names: Collection[str]) -> dict[str, Tensor]:
@@ -31,7 +32,7 @@ def sums_of(parts: Sequence[Contribution | Looked], names: Collection[str]) -> d
     looked_up = [part for part in parts if isinstance(part, Rows)]
     whole = [part for part in parts if not isinstance(part, Rows | Looked)]
     reduced = [part for part in parts if isinstance(part, Looked)]
-    if looked_up and (reduced or (whole and MENDABLE.issuperset(names))):
+    if looked_up and (reduced or (whole and OF_SQUARES.issuperset(names))):
         rows = join(looked_up)
         assert isinstance(rows, Rows)
         head = reduced[0] if reduced else look(join(whole), rows.ids, names)[1]

@@ -262,6 +262,7 @@ class Leaf:
                 links.append(link)
                 continue
             account.follow()
+            uses.dtype = parameters[name].dtype  # type: ignore[union-attr]
             for kind in self.handle.shadowed:
                 slots.append((name, kind))
                 shadows.append(account.shadow_of(kind))

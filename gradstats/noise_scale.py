@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from gradstats.errors import GradstatsError
 from gradstats.units import DebiasedEWMA
+
+if TYPE_CHECKING:
+    from gradstats.handle import Handle
 
 
 class NoiseEstimate(NamedTuple):
@@ -32,6 +35,10 @@ class NoiseEstimate(NamedTuple):
     def simple(self) -> Tensor:
         """B_simple = tr Sigma / |G|^2, in examples, or in what else the statistics are over."""
         return self.trace / self.gradient_squared
+
+    def __repr__(self) -> str:
+        values = f"gradient_squared={float(self.gradient_squared):.4g}, trace={float(self.trace):.4g}"
+        return f"NoiseEstimate(simple={float(self.simple):.4g}, {values})"
 
 
 def estimate(mean_squared: Tensor, mean_of_squares: Tensor, b: int) -> NoiseEstimate:
@@ -46,7 +53,7 @@ class NoiseScale:
     """Running averages of |G|^2 and tr Sigma over batches, their ratio, and how well it is known.
 
         noise = NoiseScale(horizon=10_000)
-        noise.update(stats.noise_scale.total, stats.batch_size)        # after every backward pass
+        noise.update(stats)        # after every backward pass
         noise.simple, noise.interval(0.95)
 
     Both are averaged separately, with a memory of `horizon` examples (units.py) at rho = 1 - 1/horizon.
@@ -62,9 +69,28 @@ class NoiseScale:
         # Weighted (co)variance of the estimates around their averages, and the sum of squared weights.
         self._variance_g = self._variance_t = self._covariance = 0.0
         self._squared_weights = 0.0
+        self._waiting = 0  # examples since the noise scale was last gathered (attach(..., every=k))
 
-    def update(self, estimate: NoiseEstimate, batch_size: int) -> None:
-        """Adds the estimates from a batch."""
+    def update(self, stats: Handle) -> None:
+        """Adds the estimates of the whole gradient from the last window, for which it waits for the device.
+
+        Examples of windows that were not gathered (attach(..., every=k)) count with the next one that is. A batch of
+        one example, and gradients that overflowed under a GradScaler, say nothing and are passed over.
+
+        Raises: MissingStatistic if "noise_scale" was not collected.
+        """
+        if stats.batch_size < 2:
+            return
+        if not stats.gathered:
+            self._waiting += stats.batch_size
+            return
+        estimate = stats.noise_scale.total
+        if math.isfinite(float(estimate.trace)):
+            self.add(estimate, stats.batch_size + self._waiting)
+            self._waiting = 0
+
+    def add(self, estimate: NoiseEstimate, batch_size: int) -> None:
+        """Adds estimates, of one parameter or of the whole gradient, that stand for so many examples."""
         self.examples += batch_size
         w = DebiasedEWMA(1 - 1 / self.horizon).weight(batch_size, self.examples)
         g = float(estimate.gradient_squared) - self.gradient_squared

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from gradstats.account import Uses
-from gradstats.blocks import DIRECT, Contribution
-from gradstats.contribution import Dense, Outer
+from gradstats.contribution import Contribution
 from gradstats.errors import CoverageError
+from gradstats.forms.dense import Dense
+from gradstats.forms.outer import Outer
 from gradstats.function import Use
-from gradstats.sums import SUMS
+from gradstats.sums import OF_SQUARES, SUMS, Reduction
 
 if TYPE_CHECKING:
     from gradstats.leaf import Leaf
@@ -112,9 +113,9 @@ def _(form, tensors, integers, token, call, name, kinds):
 
 def reduce(
     contribution: Contribution, token: Tensor, call: Tensor, name: str, kinds: tuple[str, ...], draws: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Reduction:
     """The gradient and the sums, in the graph where they can be traced; if it `draws`, over a part of the examples."""
-    if isinstance(contribution, Dense | Outer) and DIRECT.issuperset(kinds) and not draws:
+    if isinstance(contribution, Dense | Outer) and OF_SQUARES.issuperset(kinds) and not draws:
         return contribution.sums(kinds)
     tensors, integers = contribution.operands
     form = type(contribution).__name__

@@ -43,7 +43,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if type(self.every) is not int or self.every < 1:
             raise GradstatsError(f"every={self.every!r}: statistics are gathered in every k-th window, k = 1, 2, ...")
-        if isinstance(self.fraction, str) or not 0 < self.fraction <= 1:
+        if isinstance(self.fraction, str | bool) or not 0 < self.fraction <= 1:
             raise GradstatsError(f"fraction={self.fraction!r}: the part of the examples is above 0 and at most 1")
 
     def check(self, granularity: str, statistics: Iterable[Statistic]) -> None:

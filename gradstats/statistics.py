@@ -34,7 +34,7 @@ class Variance(Statistic):
 
     Deviations g_b - m are not at hand in one pass. Where |m| is far above the spread, q - m^2 loses digits and can come
     out below zero, which no variance is: it is floored at 0. The error is small relative to q (float32 epsilon), not to
-    s2.
+    s2. With `fraction`, q is of some examples and m of all: s2 is unbiased, and may well be negative.
 
     Raises: GradstatsError for B = 1, where the variance does not exist.
     """
@@ -48,7 +48,8 @@ class Variance(Statistic):
         if b < 2:
             raise GradstatsError("the variance over examples needs at least two examples; this batch has one")
         q = SecondMoment().read(window)
-        return (q - window.mean.square()).mul_(b / (b - 1)).clamp_(min=0)
+        s2 = (q - window.mean.square()).mul_(b / (b - 1))
+        return s2.clamp_(min=0) if window.fraction == 1 else s2
 
 
 class SignalToNoise(Statistic):

@@ -7,12 +7,21 @@ how results merge: over the blocks of a parameter, and over accumulation steps. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradstats.errors import GradstatsError, LifetimeError
+
+# The gradient, and sums by name.
+Reduction = tuple[Tensor, dict[str, Tensor]]
+
+
+def present(found: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Those that are not None."""
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,6 +32,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """x in the dtype in which it may be squared."""
     return x.to(accumulation_dtype(x.dtype))
+
+
+def addressable(x: Tensor) -> bool:
+    """Whether the numbers of a tensor are what lies in its memory: no subclass, no lazy negation, no
+    implied zeros."""
+    return type(x) is Tensor and x.layout is torch.strided and not x.is_neg() and not x._is_zerotensor()
 
 
 class Block(NamedTuple):
@@ -167,4 +182,6 @@ class SquaredNorms(RawSum):
 
 
 GRADIENT, SUM_OF_SQUARES, SQUARED_NORMS = Gradient(), SumOfSquares(), SquaredNorms()
+# Those for which forms have ways of their own, and which can be mended when another use of the parameter is added.
+OF_SQUARES = frozenset({SUM_OF_SQUARES.name, SQUARED_NORMS.name})
 register(GRADIENT)

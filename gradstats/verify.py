@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from gradstats.arguments import ExampleDims
 from gradstats.caller import LEAF
 from gradstats.choice import unmeasured
-from gradstats.compute import LossFunction, call, compute
+from gradstats.compute import LossFunction, call, compute, refuse_losses
 from gradstats.definitions import comparable, define
 from gradstats.errors import GradstatsError, VerificationError
-from gradstats.products import ROUNDING
+from gradstats.matmul import ROUNDING
 from gradstats.statistics import Wanted, statistic_of
 
 # Beside the largest of its kind in the model, what is as good as zero.
@@ -90,16 +90,16 @@ def verify(
             dropout, which draws other masks in another dtype, leave it at float64.
         statistics_dtype: as for `attach`; the table then shows what it costs in precision.
         tolerance: of the error; None takes 1e-8 for float64, 1e-4 for float32, 5e-2 for bfloat16 and 5e-3 for float16,
-            to which statistics in bfloat16 add 2^-7.
+            to which statistics in bfloat16 add 3 2^-8 B/(B-1), their bound for the variance of B examples.
 
     Returns: the table of errors. Raises: VerificationError naming the worst parameter if any error is above the
-    tolerance.
+    tolerance; GradstatsError for what has no oracle, and what `compute` raises.
     """
     if any(LEAF in module.__dict__ for module in model.modules()):
         raise GradstatsError("verify attaches a copy of its own: detach() the model first, or verify before attach")
     if granularity == "token":
         raise GradstatsError("verify has no oracle for single positions: choose 'example' or 'microbatch'")
-    limit = tolerance_of(dtype, statistics_dtype) if tolerance is None else tolerance
+    refuse_losses(engine)
     menu = [statistic_of(wanted) for wanted in statistics]
     state = torch.random.get_rng_state()
     contributions = per_example_oracle(
@@ -132,6 +132,8 @@ def verify(
     for name, c in contributions.items():
         c = c.unflatten(0, (-1, microbatch_size)).sum(1) if microbatch_size else c
         gradients[name] = c * len(c) if loss_reduction == "mean" else c
+    count = len(next(iter(gradients.values())))
+    limit = tolerance_of(dtype, statistics_dtype, count) if tolerance is None else tolerance
     zero = NEGLIGIBLE * max(float(g.abs().max()) for g in gradients.values())
     rows = []
     for statistic in menu:
@@ -159,9 +161,11 @@ def verify(
     return result
 
 
-def tolerance_of(dtype: torch.dtype, statistics_dtype: torch.dtype | None) -> float:
-    """What the dtypes can do."""
-    return TOLERANCES[dtype] + (0.0 if statistics_dtype is None else ROUNDING[statistics_dtype])
+def tolerance_of(dtype: torch.dtype, statistics_dtype: torch.dtype | None, count: int) -> float:
+    """What the dtypes can do, with `count` examples or micro-batches."""
+    if statistics_dtype is None:
+        return TOLERANCES[dtype]
+    return TOLERANCES[dtype] + ROUNDING[statistics_dtype] * count / max(1, count - 1)
 
 
 def per_example_oracle(model: nn.Module, loss_fn: LossFunction, x: Any, y: Any, dim: int = 0) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class Window(NamedTuple):
     examples, or positions or micro-batches where that granularity was asked for; `elements` those of the parameter.
     `loss_scale` is what a GradScaler multiplied the loss by, and `gradient_scale` what `gradient` still carries of it.
     `factor` is what `gradient` was multiplied by since the backward pass, where that is followed; `sums` were not.
-    `sampled`: only a part of what is seen is gathered, in this window or in others.
+    `fraction`: the part of the examples that `sums` are of, on average.
     """
 
     sums: Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class Window(NamedTuple):
     loss_scale: float = 1.0
     gradient_scale: float = 1.0
     factor: float = 1.0
-    sampled: bool = False
+    fraction: float = 1.0
 
     @property
     def scale(self) -> float:

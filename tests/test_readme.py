@@ -44,9 +44,9 @@ ELSEWHERE = {
 SHORTENED = {
     "python -m experiments.benchmark": ["--quick", "-c", "plain", "loop"],
     "python -m experiments.benchmark mlp gpt -c 'ours-*'": ["--quick"],
-    "python -m experiments.memory": shlex.split(
-        "--layers=1 --width=16 --heads=2 --words=50 --positions=8 --batch-size=2"
-    ),
+    "python -m experiments.optimizer_benchmark": ["--parameters", "1e4", "--shapes", "mlp", "--steps", "2"],
+    "python -m experiments.sampled": ["--epochs", "0.1", "--seeds", "0"],
+    "python -m experiments.estimators": ["--epochs", "1", "--batch-sizes", "16", "64", "--seeds", "0"],
     "python -m experiments.train experiment=batch_size_invariance": [
         "train.epochs=1",
         "train.warmup_examples=256",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -49,16 +48,10 @@ def peers() -> dict[str, str]:
     return found
 
 
-def ratio(seconds: Sequence[float], baseline: Sequence[float]) -> list[float]:
-    """Lower quartile, median and upper quartile of the ratios, pair by pair; of a single one, itself."""
-    ratios = [a / b for a, b in zip(seconds, baseline, strict=True)]
-    return ratios * 3 if len(ratios) == 1 else statistics.quantiles(ratios, n=4, method="inclusive")
-
-
-def save(output: Path, threads: int, results: Sequence[Any]) -> None:
+def save(output: Path, threads: int, results: Sequence[Any], device: str = "cpu") -> None:
     """Results, which are dataclasses, and the machine that they were measured on."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    written = {"machine": machine(threads), "results": [asdict(result) for result in results]}
+    written = {"machine": machine(threads, device), "results": [asdict(result) for result in results]}
     with atomic_write(output) as file:
         file.write((json.dumps(written, indent=2) + "\n").encode())
     print(f"written: {output}")

@@ -56,11 +56,11 @@ def draw(run: Run, path: Path) -> bool:
     """Whether a figure was written: machines that only measure may lack matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
-    from experiments.benchmarks.plot import draw
+    from experiments.benchmarks import plot
     from experiments.figure import image
 
     with atomic_write(path) as file:
-        file.write(image(draw(run), "png"))
+        file.write(image(plot.draw(run), "png"))
     return True
 
 

@@ -13,10 +13,16 @@ from typing import Any
 import gradstats
 from experiments.atomic import atomic_write
 from experiments.benchmarks.contestants import CONTESTANTS
-from experiments.benchmarks.machine import ratio
 from experiments.benchmarks.measure import Measured
+from experiments.benchmarks.turns import ratio
 
 SOURCES = ("py", "cpp")
+# The modules that a process which measures imports, beside the library; no optimizer takes part.
+MEASURING = (
+    "gpt.py",
+    *(f"benchmarks/{name}.py" for name in ("contestants", "measure", "meter", "networks", "peers", "stepper")),
+    *(f"benchmarks/{name}.py" for name in ("turns", "workloads")),
+)
 
 
 class Results:
@@ -61,10 +67,11 @@ class Results:
 
 def code() -> str:
     """A digest of the sources that decide what is measured."""
+    library, experiments = Path(gradstats.__file__).parent, Path(__file__).parents[1]
+    found = sorted(path for kind in SOURCES for path in library.rglob(f"*.{kind}"))
     digest = hashlib.sha256()
-    for folder in (Path(gradstats.__file__).parent, Path(__file__).parent):
-        for path in sorted(path for kind in SOURCES for path in folder.rglob(f"*.{kind}")):
-            digest.update(path.read_bytes())
+    for path in [p for p in found if library / "optim" not in p.parents] + [experiments / name for name in MEASURING]:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

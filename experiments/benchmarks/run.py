@@ -9,10 +9,10 @@ from typing import Any
 
 from experiments.benchmarks import processes
 from experiments.benchmarks.contestants import CONTESTANTS, SCALED
-from experiments.benchmarks.machine import ratio
 from experiments.benchmarks.measure import SETTLED, Measured, check, on_cuda, peak_memory, time_steps
 from experiments.benchmarks.results import Results
-from experiments.benchmarks.workloads import SCALES, Settings, point
+from experiments.benchmarks.turns import ratio
+from experiments.benchmarks.workloads import SCALES, WORKLOADS, Settings, point
 
 Key = tuple[str, str, str]
 
@@ -47,8 +47,10 @@ class Plan:
                     yield point(scale, value), contestant, "time0"
 
     def takes(self, contestant: str, workload: str) -> bool:
-        only = CONTESTANTS[contestant].only
-        return self.named or not only or (workload in only and not self.settings.quick)
+        """All that are asked for by name; else those that belong there."""
+        workloads, contestants = CONTESTANTS[contestant].only, WORKLOADS[workload].only
+        belongs = (not workloads or workload in workloads) and (not contestants or contestant in contestants)
+        return self.named or belongs
 
     def measure(self, key: Key) -> Measured:
         workload, contestant, kind = key

@@ -55,16 +55,23 @@ class Problem:
     def first(self, rows: int) -> Problem:
         return replace(self, x=self.x[:rows], y=self.y[:rows])
 
+    def double(self) -> Problem:
+        """The same in float64."""
+        x, y = (t.double() if t.is_floating_point() else t for t in (self.x, self.y))
+        return replace(self, model=self.model.double(), x=x, y=y)
+
 
 @dataclass(frozen=True)
 class Workload:
-    """`make(**shape)`; `quick` is a shape for a look whether everything runs."""
+    """`make(**shape)`; `quick` is a shape for a look whether everything runs; `only` contestants that take part, unless
+    they are named."""
 
     title: str
     make: Callable[..., Made]
     shape: dict[str, int]
     quick: dict[str, int] = field(default_factory=dict)
     large: bool = False  # for a GPU, unless it is named
+    only: tuple[str, ...] = ()
 
     def problem(self, settings: Settings) -> Problem:
         torch.manual_seed(0)
@@ -155,6 +162,14 @@ WORKLOADS = {
         gpt,
         {"B": 4, "T": 128, "width": 256, "layers": 1, "heads": 4, "words": WORDS, "tied": 1},
         SMALL_GPT,
+    ),
+    # For its memory: a step takes seconds.
+    "gpt2_layers": Workload(
+        "two layers of GPT-2 small, with its words",
+        gpt,
+        {"B": 8, "T": 256, "width": 768, "layers": 2, "heads": 12, "words": WORDS, "tied": 1},
+        SMALL_GPT,
+        only=("plain", "ours-second_moment"),
     ),
     "gpt2_small": Workload(
         "GPT-2 small",

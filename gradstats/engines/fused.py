@@ -256,8 +256,8 @@ class FusedHandle(Handle):
         account.check()
         if needs and not account.gathered:
             raise MissingStatistic(
-                f"parameter '{name}' has no statistics in this window: they are gathered in every "
-                f"{self.sampling.every}th one only (every={self.sampling.every}). Ask stats.gathered before reading"
+                f"parameter '{name}' has no statistics in this window: they are gathered in one window in "
+                f"{self.sampling.every} (every={self.sampling.every}). Ask stats.gathered before reading"
             )
         for need in needs:
             value = account.value(need)
@@ -277,8 +277,8 @@ class FusedHandle(Handle):
         return self.sampling.every
 
     @property
-    def sampled(self) -> bool:
-        return self.sampling.every > 1 or self.sampling.fraction < 1
+    def fraction(self) -> float:
+        return self.sampling.fraction
 
     def skipped(self, name: str) -> bool:
         account = self.accounts[name]

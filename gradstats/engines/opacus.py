@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gradstats.arguments import ExampleDims
-from gradstats.contribution import Contribution, Dense
+from gradstats.contribution import Contribution
 from gradstats.coverage import table
 from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
+from gradstats.forms.dense import Dense
 from gradstats.gradient import Left, fresh, untouched
 from gradstats.handle import Handle, handle_of
 from gradstats.rules.registry import checked, refuse_coupling

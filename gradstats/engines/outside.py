@@ -10,16 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gradstats.contribution import Dense
 from gradstats.coverage import ignored, table
 from gradstats.engines.passes import Pass, Passes
 from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
+from gradstats.forms.dense import Dense
 from gradstats.function import no_autocast
 from gradstats.gradient import Left, fresh, untouched
 from gradstats.handle import Handle, handle_of
 from gradstats.reading import ByParameter
 from gradstats.statistics import SecondMoment, SimpleNoiseScale, Variance, Wanted
-from gradstats.sums import SUMS
+from gradstats.sums import SUMS, Reduction
 from gradstats.window import Statistic
 
 # Statistics of single examples that sums over several of them estimate without bias.
@@ -101,7 +101,7 @@ class OutsideHandle(Handle):
         left = self.left(name)
         return left is not None and untouched(self.parameters()[name].grad, left.state)
 
-    def of_one(self, name: str, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_one(self, name: str, gradient: Tensor) -> Reduction:
         """A gradient, and its raw sums as if it were the contribution of one example."""
         contribution = Dense(gradient.unsqueeze(0))
         contribution.parameter = name
@@ -122,8 +122,10 @@ class OutsideHandle(Handle):
         self._count += 1
         self._sizes[self._count] = examples
         for name, gradient in ended.arrived.items():
-            if name in ended.began or name not in self._sums:
-                self._sums[name] = Sums(self._count)
+            if name not in self._sums:
+                self._sums[name] = Sums(min(self._sizes))  # earlier passes did not reach it
+            elif name in ended.began:
+                self._sums[name] = Sums(self._count)  # its gradient was zeroed, and others were not
             sums = self._sums[name]
             sums.unseen |= name in ended.changed
             sums.add(self._count, self.found(name, gradient.to_dense()))

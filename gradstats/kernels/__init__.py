@@ -17,6 +17,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from gradstats.sums import addressable
+
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
 # The first that multiplies bfloat16: what is older computes in plain torch.
@@ -34,7 +36,7 @@ def available(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or not tensors[0].is_cuda:
         return False
     device, dtype = tensors[0].device, tensors[0].dtype
-    alike = all(t.device == device and t.dtype == dtype and t.numel() for t in tensors)
+    alike = all(t.device == device and t.dtype == dtype and t.numel() and addressable(t) for t in tensors)
     return alike and dtype in DTYPES and compiles(device)
 
 

@@ -98,8 +98,7 @@ def serves(update: Update, phase: Phase, columns: Columns) -> bool:
     dtypes = dict.fromkeys(columns, torch.float32) | dict.fromkeys(COLUMNS[:2], columns["parameter"][0].dtype)
     if any(t.dtype != dtypes[name] for name, column in columns.items() for t in column):
         return False
-    plain = Moment(None, floored=False, infinite=False, signed=False, reads=update.moment.reads, remembers=False)
-    return update == AdamUpdate(plain, False, "adam", coupled=False, statistics=update.statistics)
+    return update == AdamUpdate(Moment(update.moment.reads), statistics=update.statistics)
 
 
 def step(names: Sequence[str], rows: Sequence[Row], scalars: Mapping[str, Any]) -> None:

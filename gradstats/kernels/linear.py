@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradstats import kernels
+from gradstats.sums import Reduction, present
 
 
 class Tile(NamedTuple):
@@ -102,7 +103,7 @@ def _sums(
         tl.store(squares + place, s, mask=inside)
 
 
-def ways(d: Tensor, a: Tensor, names: Collection[str]) -> dict[str, Callable[[], tuple[Tensor, dict[str, Tensor]]]]:
+def ways(d: Tensor, a: Tensor, names: Collection[str]) -> dict[str, Callable[[], Reduction]]:
     """Ways, for gradstats.choice, to the gradient (o, i) in d's dtype and those of sum_of_squares (o, i) and
     squared_norms (n,), in float32, that are named: one for each tile, the likeliest one first."""
     tiles = {fitted(tile, d, a): None for tile in ordered(d.shape[1])}
@@ -139,7 +140,7 @@ def splits(examples: int, tiles: int, elements: int, tile: Tile, device: torch.d
     return min(range(1, most + 1), key=lambda k: (triton.cdiv(tiles * k, held) * triton.cdiv(examples, k), k))
 
 
-def sums(d: Tensor, a: Tensor, names: Collection[str], tile: Tile) -> tuple[Tensor, dict[str, Tensor]]:
+def sums(d: Tensor, a: Tensor, names: Collection[str], tile: Tile) -> Reduction:
     """What `ways` says, by a tile of the given size."""
     (n, t, o), i = d.shape, a.shape[2]
     d, a = readable(d, tile.t), readable(a, tile.t)
@@ -168,12 +169,11 @@ def sums(d: Tensor, a: Tensor, names: Collection[str], tile: Tile) -> tuple[Tens
             BLOCK_T=tile.t,
             num_warps=tile.warps,
         )
-    found = {}
-    if squares is not None:
-        found["sum_of_squares"] = total(squares)
-    if norms is not None:
-        found["squared_norms"] = norms.sum(1)
-    return total(gradient).to(d.dtype), found
+    found = {
+        "sum_of_squares": squares if squares is None else total(squares),
+        "squared_norms": norms if norms is None else norms.sum(1),
+    }
+    return total(gradient).to(d.dtype), present(found)
 
 
 def readable(x: Tensor, positions: int) -> Tensor:

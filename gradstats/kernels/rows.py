@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gradstats.sums import Reduction, present
+
 # Positions and features that a program reads at once.
 POSITIONS = 32
 FEATURES = 128
@@ -84,7 +86,7 @@ def _rows(
             tl.store(squares + target, s, mask=f < F)
 
 
-def sums(ids: Tensor, d: Tensor, rows: int, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+def sums(ids: Tensor, d: Tensor, rows: int, names: Collection[str]) -> Reduction:
     """The gradient (rows, o) in d's dtype, and those of sum_of_squares (rows, o) and squared_norms (n,), in float32,
     that are named."""
     n, t, o = d.shape
@@ -104,12 +106,8 @@ def sums(ids: Tensor, d: Tensor, rows: int, names: Collection[str]) -> tuple[Ten
     with torch.cuda.device_of(d):
         _pairs[grid](flat, order, first, last, c, norms, o, *flat.stride(), **blocks)
         _rows[grid](sorted_ids, c, first, begin, end, gradient, squares, o, **blocks)
-    found = {}
-    if squares is not None:
-        found["sum_of_squares"] = squares
-    if norms is not None:
-        found["squared_norms"] = norms.reshape(n, -1).sum(1)
-    return gradient, found
+    norms = norms if norms is None else norms.reshape(n, -1).sum(1)
+    return gradient, present({"sum_of_squares": squares, "squared_norms": norms})
 
 
 def runs(values: Tensor) -> tuple[Tensor, Tensor]:

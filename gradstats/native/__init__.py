@@ -1,4 +1,7 @@
-"""Kernels in C++ for the CPU, for what torch can only do through memory."""
+"""Kernels in C++ for the CPU, for what torch can only do through memory.
+
+`gradstats.native.enabled = False` leaves everything to torch, from the next backward pass on.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import torch
 from torch import Tensor
 
 from gradstats.native.build import library
-from gradstats.sums import accumulation_dtype
+from gradstats.sums import Reduction, accumulation_dtype, addressable, present
+
+enabled = True
 
 KERNELS = {
     torch.float32: "outer_sum_float32",
@@ -20,15 +25,15 @@ KERNELS = {
 
 def serves(d: Tensor, a: Tensor) -> bool:
     """Whether `outer_sum` can be called: plain tensors on the CPU, and a compiler at the first call."""
-    if torch.compiler.is_compiling():
+    if not enabled or torch.compiler.is_compiling():
         return False
-    plain = type(d) is Tensor and type(a) is Tensor and d.device.type == a.device.type == "cpu"
+    plain = addressable(d) and addressable(a) and d.device.type == a.device.type == "cpu"
     return (
         plain and d.dtype == a.dtype and d.dtype in KERNELS and 0 not in (*d.shape, *a.shape) and library() is not None
     )
 
 
-def outer_sum(d: Tensor, a: Tensor, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+def outer_sum(d: Tensor, a: Tensor, names: Collection[str]) -> Reduction:
     """Of c_b = sum_t d_bt a_bt^T, d (n, t, o) and a (n, t, i): sum_b c_b, and "sum_of_squares" and "squared_norms" as
     far as `names` has them (one of them at least). Sums are float32, or float64 for float64.
 
@@ -51,8 +56,8 @@ def outer_sum(d: Tensor, a: Tensor, names: Collection[str]) -> tuple[Tensor, dic
         *(pointer(d), strides(d), pointer(a), strides(a), sizes),
         *(pointer(gradient), pointer(squares), pointer(norms), pointer(room), ctypes.c_int(threads)),
     )
-    found = {"sum_of_squares": squares, "squared_norms": norms if norms is None else norms.sum(0)}
-    return gradient.to(d.dtype), {name: value for name, value in found.items() if value is not None}
+    norms = norms if norms is None else norms.sum(0)
+    return gradient.to(d.dtype), present({"sum_of_squares": squares, "squared_norms": norms})
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:

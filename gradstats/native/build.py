@@ -7,10 +7,13 @@ import functools
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
 }
 LONGEST = 120  # seconds
+SYMBOLS = ("outer_sum_plan", "outer_sum_float32", "outer_sum_float64", "outer_sum_bfloat16")
 
 
 @functools.cache
@@ -34,16 +38,20 @@ def library() -> ctypes.CDLL | None:
     flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
     version = hashlib.sha256("\n".join((SOURCE.read_text(), command, *flags)).encode()).hexdigest()[:16]
     try:
-        directory = cache_directory()
-        path = directory / f"outer_sum-{version}.so"
-        if not path.exists():
-            build(command, flags, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+        with directory() as place:
+            path = place / f"outer_sum-{version}.so"
+            if not path.exists():
+                build(command, flags, path)
+            loaded = ctypes.CDLL(str(path))
+            for name in SYMBOLS:
+                getattr(loaded, name)
+            return loaded
+    except (AttributeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
         warnings.warn(
-            f"the kernel for Linear layers with positions could not be compiled by {command} and is done without, "
-            f"which is slower ({type(error).__name__}: {reason.strip().splitlines()[0] if reason.strip() else ''})",
+            f"the kernel for weights of Linear layers and convolutions could not be had and is done without, more "
+            f"slowly. It is compiled by {command} (CXX) into $XDG_CACHE_HOME/gradstats or ~/.cache/gradstats "
+            f"({type(error).__name__}: {reason.splitlines()[0] if reason else ''})",
             stacklevel=2,
         )
         return None
@@ -53,15 +61,28 @@ def compiler() -> str | None:
     """The C++ compiler, where one is and is known to share OpenMP with torch."""
     if not (sys.platform == "linux" and torch.backends.openmp.is_available()):
         return None
-    return next((name for name in (os.environ.get("CXX"), "g++", "clang++") if name and shutil.which(name)), None)
+    return compiler_of_cpu()
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept for other processes: nobody else may write there, since they are executed."""
+def compiler_of_cpu() -> str | None:
+    """The name of the machine's C++ compiler, None without one: what CXX says, or the first that is installed."""
+    names = (os.environ.get("CXX"), "g++", "clang++", "cl" if sys.platform == "win32" else None)
+    return next((name for name in names if name and shutil.which(name)), None)
+
+
+@contextmanager
+def directory() -> Iterator[Path]:
+    """Where compiled kernels are kept for other processes, or one for this process alone if that is another user's
+    or others may write there: what is there is executed."""
     home = os.environ.get("XDG_CACHE_HOME")
-    directory = (Path(home) if home else Path.home() / ".cache") / "gradstats"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return directory
+    kept = (Path(home) if home else Path.home() / ".cache") / "gradstats"
+    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = kept.stat()
+    if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        yield kept
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
 
 
 def build(command: str, flags: tuple[str, ...], path: Path) -> None:
@@ -71,6 +92,8 @@ def build(command: str, flags: tuple[str, ...], path: Path) -> None:
         run(command, *flags, "-c", str(SOURCE), "-o", compiled)
         # Not linked against OpenMP: torch has it loaded, and a second one would be a second set of threads.
         run(command, "-shared", compiled, "-o", linked)
+        with open(linked, "rb") as file:
+            os.fsync(file.fileno())  # half of it would end the process that loads it
         os.replace(linked, path)
 
 

@@ -5,8 +5,9 @@
 //     norms     ||c_b||^2      (tasks, n), to be summed over the tasks
 //
 // A task is a part of the parameter, whose rows and columns of d and a are packed, some examples at a time, into
-// memory that stays in cache. Within it, a tile of c_b is formed in registers, then added to the tile's gradient and
-// squares. Tasks do not depend on the number of threads, nor does any result.
+// memory that stays in cache. Within it, a tile of c_b is formed in registers, and summed over these examples before it
+// is added to gradient and squares: a long sum in one register would lose digits. Tasks do not depend on the number of
+// threads, nor does any result.
 //
 // Index letters: n example, t position, o output, i input.
 
@@ -25,9 +26,12 @@ constexpr bool MANY_REGISTERS = true;
 #elif defined(__AVX2__)
 constexpr int BYTES = 32;
 constexpr bool MANY_REGISTERS = false;
-#else
+#elif defined(__aarch64__) || defined(__powerpc64__)
 constexpr int BYTES = 16;
 constexpr bool MANY_REGISTERS = true;
+#else
+constexpr int BYTES = 16;
+constexpr bool MANY_REGISTERS = false;
 #endif
 
 template <class S>
@@ -124,12 +128,7 @@ inline __attribute__((always_inline)) void tile(const S* d, int64_t height, cons
   M inside[VECTORS];
   if (NORMS && edge)
     for (int k = 0; k < VECTORS * lanes; ++k) inside[k / lanes][k % lanes] = k < broad ? -1 : 0;
-  V g[ROWS][VECTORS], q[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int k = 0; k < VECTORS; ++k) {
-      g[r][k] = load<V>(gradient + r * stride + k * lanes);
-      if (SQUARES) q[r][k] = load<V>(squares + r * stride + k * lanes);
-    }
+  V g[ROWS][VECTORS] = {}, q[ROWS][VECTORS] = {};
   for (int64_t b = 0; b < n; ++b) {
     V c[ROWS][VECTORS] = {};
     for (int64_t s = 0; s < t; ++s, d += height, a += VECTORS * lanes) {
@@ -158,8 +157,12 @@ inline __attribute__((always_inline)) void tile(const S* d, int64_t height, cons
   }
   for (int r = 0; r < ROWS; ++r)
     for (int k = 0; k < VECTORS; ++k) {
-      store(gradient + r * stride + k * lanes, g[r][k]);
-      if (SQUARES) store(squares + r * stride + k * lanes, q[r][k]);
+      S* const to = gradient + r * stride + k * lanes;
+      store(to, load<V>(to) + g[r][k]);
+      if (SQUARES) {
+        S* const q_to = squares + r * stride + k * lanes;
+        store(q_to, load<V>(q_to) + q[r][k]);
+      }
     }
 }
 

@@ -1,6 +1,9 @@
 """Optimizers whose hyper-parameters do not depend on the batch size. One file each, on
 
-    base.py, found.py    what all share: options, statistics found through the parameters, time in examples
+    base.py              what all share: options, time in examples, the contract of torch; with
+    found.py             its parameters and what was backpropagated through them
+    parts.py             what of them has its step in common, and its scalars
+    bound.py, saved.py   max_norm, and a state put back
     update.py            an equation, as a pure function of tensors and numbers
     elementwise.py       how it is run: compiled, or block by block
     moment.py            the second moment at a reference batch size R, of Adam and RMSprop

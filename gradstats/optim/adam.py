@@ -3,57 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from gradstats.optim.base import Age, ExampleOptimizer
-from gradstats.optim.moment import (
-    Moment,
-    check_moment,
-    combines,
-    moment_of,
-    moment_scalars,
-    reads,
-)
+from gradstats.optim.base import ExampleOptimizer
+from gradstats.optim.moment import MomentUpdate, check_moment, combines, moment_of, moment_scalars, reads
 from gradstats.optim.options import one_of
+from gradstats.optim.parts import Age
 from gradstats.optim.update import Update, Values, moved
 from gradstats.units import average, decay_of
 
 DENOMINATORS = ("adam", "slides")
 
 
-@dataclass(frozen=True)
-class AdamUpdate(Update):
+@dataclass(frozen=True, kw_only=True)
+class AdamUpdate(MomentUpdate):
     """m~ and s, and the one over the root of the other."""
 
-    moment: Moment
-    amsgrad: bool
-    denominator: str
-    coupled: bool
-    statistics: tuple[str, ...]
+    amsgrad: bool = False
+    denominator: str = "adam"
 
     @property
     def buffers(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if self.amsgrad else []), *self.moment.buffers)
-
-    @property
-    def younger(self) -> tuple[str, ...]:
-        return self.moment.younger
-
-    def growth(self, name: str, batch_size: int, waiting: int) -> int:
-        return self.moment.growth(name, batch_size, waiting)
-
-    @property
-    def waits(self) -> bool:
-        return self.moment.waits
-
-    def sampled(self, state: Mapping[str, Any], gathered: bool) -> AdamUpdate:
-        return replace(
-            self, moment=self.moment.sampled(state, gathered), statistics=self.statistics if gathered else ()
-        )
 
     @property
     def bounded(self) -> str:
@@ -69,8 +44,7 @@ class AdamUpdate(Update):
 
     def change(self, x: Values, k: Values) -> Tensor:
         s = x.max_exp_avg_sq / k.bias_correction if self.amsgrad else self.moment.floor(x.exp_avg_sq, x, k)
-        if self.moment.bounds:
-            s = torch.maximum(s, x.exp_avg.square())
+        s = self.moment.above(s, x.exp_avg)
         if self.denominator == "slides":
             return k.step * x.exp_avg / (1 + s.sqrt() / k.eps)
         return k.step * x.exp_avg / (s.sqrt() + k.eps)
@@ -100,7 +74,8 @@ class BatchInvariantAdam(ExampleOptimizer):
         reference_batch_size: R >= 1, inf, or "tuned", which None means too: `batch_size`. R = 1 is the mean of squared
             per-example gradients.
         source: what s averages: "second_moment" v_R; "variance" s2/R; "mean_square" v_inf; "squared_batch_mean" m^2,
-            ordinary Adam's, which depends on the batch size and needs no statistics.
+            ordinary Adam's, which depends on the batch size and needs no statistics. Where statistics are of a part
+            (attach(..., every=k, fraction=f)), "variance" is refused.
         estimator: of mu^2 where R > B: "running_average", "previous" or "in_batch".
         average: of units.py, for both: "debiased_ewma" as above, "ewma", "mean", or "slides", w = B / min(E, N) with
             N = batch_size / (1 - beta).
@@ -191,10 +166,10 @@ class BatchInvariantAdam(ExampleOptimizer):
         moment = moment_of(group, batch_size, state)
         return AdamUpdate(
             moment,
-            group["amsgrad"],
-            group["denominator"],
-            coupled=group["weight_decay"] != 0 and not group["decoupled_weight_decay"],
             statistics=self.statistics(group) if moment.reads else (),
+            coupled=group["weight_decay"] != 0 and not group["decoupled_weight_decay"],
+            amsgrad=group["amsgrad"],
+            denominator=group["denominator"],
         )
 
     def scalars(self, group: Mapping[str, Any], age: Age, update: Update) -> dict[str, Any]:

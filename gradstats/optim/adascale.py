@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from gradstats.noise_scale import estimate
-from gradstats.optim.base import Age, ExampleOptimizer, Part, wide_norms
+from gradstats.optim.base import ExampleOptimizer
+from gradstats.optim.bound import wide_norms
+from gradstats.optim.parts import Age, Part
 from gradstats.optim.update import Update, Values
 from gradstats.units import Slides
 

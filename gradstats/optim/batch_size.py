@@ -14,7 +14,6 @@ The learning rate and all else stay as tuned: optimizers that count examples tak
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -153,24 +152,15 @@ class AdaptiveBatchSize:
         self.fraction, self.grow_only = fraction, grow_only
         self.size = minimum
         self.noise = NoiseScale(horizon)
-        self._waiting = 0  # examples since the noise scale was last gathered (attach(..., every=k))
 
     def __call__(self, examples: int) -> int:
         return self.size
 
     def update(self, stats: Handle) -> None:
         """Takes a batch into account. Raises: MissingStatistic if "noise_scale" was not collected."""
-        if stats.batch_size < 2:  # the rest of an epoch
-            return
-        if not stats.gathered:
-            self._waiting += stats.batch_size
-            return
-        estimate = stats.noise_scale.total
-        if not math.isfinite(float(estimate.trace)):  # gradients overflowed under a GradScaler
-            return
-        self.noise.update(estimate, stats.batch_size + self._waiting)
-        self._waiting = 0
-        if self.noise.examples < ENOUGH_BATCHES * self.size:
+        before = self.noise.examples
+        self.noise.update(stats)
+        if self.noise.examples == before or self.noise.examples < ENOUGH_BATCHES * self.size:
             return
         low, high = (self.fraction * bound for bound in self.noise.interval())
         if 2 * self.size <= min(low, self.maximum):
@@ -179,8 +169,8 @@ class AdaptiveBatchSize:
             self.size //= 2
 
     def state_dict(self) -> dict[str, Any]:
-        return {"size": self.size, "noise": self.noise.state_dict(), "waiting": self._waiting}
+        return {"size": self.size, "noise": self.noise.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.size, self._waiting = state["size"], state.get("waiting", 0)
+        self.size = state["size"]
         self.noise.load_state_dict(state["noise"])

@@ -62,7 +62,8 @@ def to_torch(optimizer: ExampleOptimizer, batch_size: int) -> Optimizer:
     """torch's optimizer that goes on as this one does at batches of `batch_size`.
 
     At batch_size = R = the batch size of tuning the trajectory is the same; elsewhere it is the closest that torch has,
-    with the values of counterparts.py. SGD's heavy ball is the same at any batch size, but for Nesterov's. An
+    with the values of counterparts.py. A second moment that has missed gradients (attach(..., every=k, fraction=f))
+    is handed out as max(s, m~^2). SGD's heavy ball is the same at any batch size, but for Nesterov's. An
     average of the slides', or the debiased one of SGD and RMSprop, is torch's once it has seen more than its horizon.
 
     Raises: GradstatsError for an optimizer or options without a counterpart.

@@ -27,6 +27,7 @@ from gradstats.errors import GradstatsError
 from gradstats.optim.adam import BatchInvariantAdam
 from gradstats.optim.base import ExampleOptimizer
 from gradstats.optim.moment import reference_of
+from gradstats.optim.parts import COVERED
 from gradstats.optim.rmsprop import BatchInvariantRMSprop
 from gradstats.optim.sgd import BatchInvariantSGD, heavy_ball
 from gradstats.units import forgotten
@@ -235,7 +236,8 @@ def noise_ratio(group: Group, batch_size: float) -> float:
 def floored(state: State, group: Group) -> Tensor:
     """s, as it is used."""
     s = state["exp_avg_sq"]
-    return torch.maximum(s, state["exp_avg_q"] / reference_of(group)) if "exp_avg_q" in state else s.clamp(min=0)
+    s = torch.maximum(s, state["exp_avg_q"] / reference_of(group)) if "exp_avg_q" in state else s.clamp(min=0)
+    return torch.maximum(s, state["exp_avg"].square()) if COVERED in state and "exp_avg" in state else s
 
 
 def velocity(state: State, group: Group, batch_size: int) -> Tensor:

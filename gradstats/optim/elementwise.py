@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradstats.kernels import available
+from gradstats.native.build import compiler_of_cpu
 from gradstats.optim.update import Phase, Update
 
 Columns = dict[str, list[Tensor]]  # "parameter" first
@@ -123,7 +122,7 @@ def flattened(row: Row, written: Sequence[int]) -> Row | None:
     """The same in one dimension, in the order in which the first, the parameter, lies in memory; None if there is no
     such view of what is written."""
     if all(map(Tensor.is_contiguous, row)):
-        return [t if t.dim() == 1 else t.view(-1) for t in row]
+        return [t if t.dim() == 1 else t.ravel() for t in row]  # a view, sooner made than view(-1)
     p = row[0]
     dense = torch._prims_common.is_non_overlapping_and_dense_or_false(p)
     if not dense or any(row[i].stride() != p.stride() for i in written):
@@ -214,6 +213,5 @@ def compile_update(
 def compiler(device: str) -> str | None:
     """What would compile for a device: the C++ compiler's or Triton's name, None without one."""
     if device == "cpu":
-        names = (os.environ.get("CXX"), "g++", "clang++", "cl")
-        return next((name for name in names if name and shutil.which(name)), None)
+        return compiler_of_cpu()
     return "triton" if importlib.util.find_spec("triton") else None

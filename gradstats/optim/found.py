@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from gradstats.optim.base import ExampleOptimizer
 
 State = dict[str, Any]
-Windows = Callable[[str, Tensor], Window]  # of a parameter, by its name and itself
+Read = Callable[[str, Tensor], Window]  # the window of a parameter, given by its name and itself
 
 
 class Found(NamedTuple):
@@ -35,13 +36,11 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
     """All that a step moves; `batch_size` is what it was told. Raises: MissingStatistic, LifetimeError."""
     found: list[Found] = []
     alone: list[tuple[int, Tensor, State]] = []
+    zeroed = functools.cache(lambda handle: handle.zeroed())
     sizes: dict[Handle, int] = {}
-    zeroed: dict[Handle, bool] = {}
     handle: Handle | None = None
     for index, group in enumerate(optimizer.param_groups):
-        reads = tuple(STATISTICS[name][0] for name in optimizer.statistics(group))
-        needs_gradient = optimizer.needs_gradient(group)
-        windows: dict[tuple[Handle, bool], Windows] = {}
+        windows = Windows(optimizer, group)
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -51,54 +50,80 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
                 allocate(p, state, optimizer.update(group, math.inf, state))  # what every batch needs
             name = None if handle is None else handle.registered(p)
             if name is None:  # the last one's handle is faster to ask
-                handle = handle_of(p)
-                name = None if handle is None else handle.registered(p)
-            if not reads and (handle is None or name is None or handle.replaced(name, p)):
+                handle, name = owner(p)
+            if not windows.reads and (handle is None or name is None or handle.replaced(name, p)):
                 alone.append((index, p, state))
                 continue
-            if handle is not None:
-                if handle not in zeroed:
-                    zeroed[handle] = handle.zeroed()
-                if zeroed[handle]:
-                    continue
-            try:
-                if handle is None:
-                    raise MissingStatistic(
-                        f"no statistics for a parameter of shape {tuple(p.shape)}: call gradstats.attach(model) before "
-                        f"the forward pass, and give parameters that are named in ignore to another optimizer"
-                    )
-                name = name or handle.name_of(p)
-                key = handle, not reads or not handle.skipped(name)
-                if key not in windows:
-                    if reads and handle.every > 1:
-                        check_waits(optimizer, group, state, handle.every)
-                    wanted = (reads, needs_gradient) if key[1] else ((), False)
-                    windows[key] = windows_of(optimizer, handle, *wanted)
-                window = windows[key](name, p)
-            except MissingStatistic:
-                # Distributed checkpointing's empty step, or an unused layer whose gradient was zeroed in place.
-                if float(group["lr"]) == 0 or (handle is not None and not bool(p.grad.any())):
-                    continue
-                raise
-            if handle.granularity != "example" and sizes.setdefault(handle, window.batch_size) != window.batch_size:
-                raise GradstatsError(
-                    f"granularity={handle.granularity!r} counts {window.batch_size} at '{name}' and {sizes[handle]} at "
-                    f"other parameters, which would step at different rates: granularity='example'"
-                )
+            if handle is not None and zeroed(handle):
+                continue
+            window = windows.of(p, state, handle, name)
+            if window is None:
+                continue
+            if handle is not None and handle.granularity != "example":
+                check_size(handle, name, window, sizes.setdefault(handle, window.batch_size))
             found.append(Found(index, p, state, window))
     return found + without_statistics(optimizer, alone, found, batch_size)
 
 
-def check_waits(optimizer: ExampleOptimizer, group: dict[str, Any], state: State, every: int) -> None:
-    """Raises: GradstatsError for an optimizer that needs the statistics of every batch."""
-    if optimizer.update(group, math.inf, state).sampled(state, False) is None:
+def owner(p: Tensor) -> tuple[Handle | None, str | None]:
+    """The handle of a parameter, and its name there if that is known."""
+    handle = handle_of(p)
+    return handle, None if handle is None else handle.registered(p)
+
+
+def check_size(handle: Handle, name: str | None, window: Window, others: int) -> None:
+    """Raises: GradstatsError for a parameter through which other numbers were backpropagated than through others."""
+    if window.batch_size != others:
         raise GradstatsError(
-            f"{type(optimizer).__name__} reads the statistics of every batch, and the model was attached with "
-            f"every={every}: attach(..., every=1), or BatchInvariantAdam or RMSprop, whose averages can wait for them"
+            f"granularity={handle.granularity!r} counts {window.batch_size} at '{name}' and {others} at "
+            f"other parameters, which would step at different rates: granularity='example'"
         )
 
 
-def windows_of(optimizer: ExampleOptimizer, handle: Handle, reads: tuple[str, ...], needs_gradient: bool) -> Windows:
+class Windows:
+    """Those of a group's parameters: asked once for all parameters of a handle that have statistics, or have none."""
+
+    def __init__(self, optimizer: ExampleOptimizer, group: dict[str, Any]):
+        self.optimizer, self.group = optimizer, group
+        self.reads = tuple(STATISTICS[name][0] for name in optimizer.statistics(group))
+        self.needs_gradient = optimizer.needs_gradient(group)
+        self.known: dict[tuple[Handle, bool], Read] = {}
+
+    def of(self, p: Tensor, state: State, handle: Handle | None, name: str | None) -> Window | None:
+        """None where there is none and none is needed: for distributed checkpointing's empty step, or an unused layer
+        whose gradient was zeroed in place. Raises: MissingStatistic, LifetimeError."""
+        try:
+            if handle is None:
+                raise MissingStatistic(
+                    f"no statistics for a parameter of shape {tuple(p.shape)}: call gradstats.attach(model) before "
+                    f"the forward pass, and give parameters that are named in ignore to another optimizer"
+                )
+            name = name or handle.name_of(p)
+            waits = handle.every > 1 and bool(self.reads) and handle.skipped(name)
+            read = self.known.get((handle, waits))
+            if read is None:
+                if self.reads and handle.sampled:
+                    check_sampled(self.optimizer, self.group, state, handle)
+                wanted = ((), False) if waits else (self.reads, self.needs_gradient)
+                read = self.known[handle, waits] = windows_of(self.optimizer, handle, *wanted)
+            return read(name, p)
+        except MissingStatistic:
+            if float(self.group["lr"]) == 0 or (handle is not None and p.grad is not None and not bool(p.grad.any())):
+                return None
+            raise
+
+
+def check_sampled(optimizer: ExampleOptimizer, group: dict[str, Any], state: State, handle: Handle) -> None:
+    """Raises: GradstatsError for an optimizer that needs the statistics of every batch and example."""
+    if optimizer.update(group, math.inf, state).of_part(state, False) is None:
+        raise GradstatsError(
+            f"{type(optimizer).__name__} with these options needs the statistics of every batch and example, and the "
+            f"model was attached with every={handle.every}, fraction={handle.fraction}: attach(..., every=1, "
+            f"fraction=1), or BatchInvariantAdam or RMSprop, but for source='variance', which can do with a part"
+        )
+
+
+def windows_of(optimizer: ExampleOptimizer, handle: Handle, reads: tuple[str, ...], needs_gradient: bool) -> Read:
     """What was backpropagated through parameters of a handle, in the units in which their gradients are now."""
     # GradScaler's step sets both, and the scale not if the gradient was unscaled already.
     found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)

@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from gradstats.optim.base import Age, ExampleOptimizer
+from gradstats.optim.base import ExampleOptimizer
+from gradstats.optim.parts import Age
 from gradstats.optim.update import Update, Values, moved
 from gradstats.units import average, decay_of, forgotten
 

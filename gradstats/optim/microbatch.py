@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gradstats.optim.base import Age, ExampleOptimizer, Part
+from gradstats.optim.base import ExampleOptimizer
+from gradstats.optim.parts import Age, Part
 from gradstats.optim.update import Update, Values, moved
 
 

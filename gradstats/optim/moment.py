@@ -16,8 +16,9 @@ measurement: `python -m experiments.estimators`.
 
 Where statistics are of a part of what is seen (attach(..., every=k, fraction=f)), s moves by the weight of all examples
 since it last did, w = (1 - rho^D)/(1 - rho^E), D being B and the examples of batches without statistics, so that an
-example keeps the weight of its horizon. What had a gradient only where nothing was gathered would be divided by 0: the
-denominator takes max(s, m~^2) (RMSprop: m^2), but for "variance".
+example keeps the weight of its horizon. What had a gradient only where nothing was gathered would be divided by 0: once
+a batch or examples were missed, for good, the denominator takes max(s, m~^2) (RMSprop: m^2). "variance" is refused: its
+estimates are below 0 at times, and what bounds a step by the mean would leave nothing of it.
 
 Sources, other than mu^2 + sigma^2/R itself ("second_moment"): "variance" is sigma^2/R, "mean_square" is mu^2 (the same
 as R = inf), and "squared_batch_mean" m^2, which is ordinary Adam's and depends on B. The family of preconditioners is
@@ -28,19 +29,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from gradstats.errors import GradstatsError
-from gradstats.optim.update import Values, moved, scaled
+from gradstats.optim.parts import COVERED, Age
+from gradstats.optim.update import Update, Values, moved, scaled
 from gradstats.statistics import reference_weight
 from gradstats.units import Average
-
-if TYPE_CHECKING:
-    from gradstats.optim.base import Age
 
 SOURCES = ("second_moment", "variance", "mean_square", "squared_batch_mean")
 ESTIMATORS = ("running_average", "previous", "in_batch")
@@ -50,14 +49,15 @@ ESTIMATORS = ("running_average", "previous", "in_batch")
 class Moment:
     """How one batch's v is formed and averaged: what of it is not a number."""
 
-    partner: str | None  # m is multiplied by itself (None), by "exp_avg" or by "previous"
-    floored: bool  # q~ is kept
-    infinite: bool  # R = inf
-    signed: bool  # single values, and so their average, can be negative
     reads: bool  # the second moment of the batch
-    remembers: bool  # m' is kept
+    _: KW_ONLY
+    partner: str | None = None  # m is multiplied by itself (None), by "exp_avg" or by "previous"
+    floored: bool = False  # q~ is kept
+    infinite: bool = False  # R = inf
+    signed: bool = False  # single values, and so their average, can be negative
+    remembers: bool = False  # m' is kept
     waits: bool = False  # the batch has no statistics: s and q~ stay
-    bounds: bool = False  # s may not have seen what m~ has
+    misses: bool = False  # s may not have seen what m~ has, now or ever before
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -74,10 +74,10 @@ class Moment:
             return batch_size
         return 0 if self.waits else batch_size + waiting
 
-    def sampled(self, state: Mapping[str, Any], gathered: bool) -> Moment:
+    def of_part(self, state: Mapping[str, Any], gathered: bool) -> Moment:
         """See Update: q~ begins with a batch that has statistics."""
         floored = self.floored and (gathered or "exp_avg_q" in state)
-        return replace(self, floored=floored, waits=not gathered, bounds=not self.signed)
+        return replace(self, floored=floored, waits=not gathered, misses=True)
 
     def averages(self, x: Values, k: Values) -> dict[str, Tensor]:
         """s, and what else is kept for it."""
@@ -104,6 +104,41 @@ class Moment:
         if self.infinite:
             return torch.maximum(s, x.exp_avg.square())
         return s.clamp(min=0) if self.signed else s
+
+    def above(self, s: Tensor, mean: Tensor) -> Tensor:
+        """max(s, mean^2), where it may be 0 although there was a gradient."""
+        return torch.maximum(s, mean.square()) if self.misses else s
+
+
+@dataclass(frozen=True)
+class MomentUpdate(Update):
+    """An update that divides by the root of a second moment."""
+
+    moment: Moment
+    _: KW_ONLY
+    statistics: tuple[str, ...] = ()
+    coupled: bool = False
+
+    @property
+    def younger(self) -> tuple[str, ...]:
+        return self.moment.younger
+
+    def growth(self, name: str, batch_size: int, waiting: int) -> int:
+        return self.moment.growth(name, batch_size, waiting)
+
+    @property
+    def waits(self) -> bool:
+        return self.moment.waits
+
+    @property
+    def misses(self) -> bool:
+        return self.moment.misses
+
+    def of_part(self, state: Mapping[str, Any], gathered: bool) -> Self | None:
+        if self.moment.signed:
+            return None
+        moment, statistics = self.moment.of_part(state, gathered), self.statistics if gathered else ()
+        return replace(self, moment=moment, statistics=statistics)
 
 
 def check_moment(group: Mapping[str, Any]) -> None:
@@ -135,7 +170,7 @@ def combines(group: Mapping[str, Any]) -> bool:
 def moment_of(group: Mapping[str, Any], b: float, state: Mapping[str, Any]) -> Moment:
     """For a batch of b examples, and a parameter whose state has these entries."""
     if group["source"] == "squared_batch_mean":
-        return Moment(None, False, False, signed=False, reads=False, remembers=False)
+        return Moment(reads=False, misses=COVERED in state)
     r, variance = reference_of(group), group["source"] == "variance"
     across = b == 1 if variance or group["estimator"] == "in_batch" else r > b
     across = across and not (r == 1 and not variance)
@@ -145,12 +180,13 @@ def moment_of(group: Mapping[str, Any], b: float, state: Mapping[str, Any]) -> M
     floored = not variance and r != math.inf and (r > b or "exp_avg_q" in state)
     alone = r == b > 1 and not variance and not floored  # v_B = m^2
     return Moment(
+        reads=reads(group) and not alone,
         partner=partner,
         floored=floored,
         infinite=not variance and r == math.inf,
         signed=variance,
-        reads=reads(group) and not alone,
         remembers=partner == "previous" or "previous" in state,
+        misses=COVERED in state,
     )
 
 

@@ -19,7 +19,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gradstats.optim.base import Age, ExampleOptimizer
+from gradstats.optim.base import ExampleOptimizer
+from gradstats.optim.parts import Age
 from gradstats.optim.update import Update, Values
 from gradstats.statistics import reference_weight
 from gradstats.units import average, decay_of, forgotten

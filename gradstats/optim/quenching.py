@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gradstats.optim.base import Age, ExampleOptimizer
+from gradstats.optim.base import ExampleOptimizer
 from gradstats.optim.noise import noise_scalars, split
+from gradstats.optim.parts import Age
 from gradstats.optim.update import Update, Values, moved
 from gradstats.units import decay_of
 

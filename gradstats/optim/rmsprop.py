@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, maximum
 
 from gradstats.errors import GradstatsError
-from gradstats.optim.base import Age, ExampleOptimizer
+from gradstats.optim.base import ExampleOptimizer
 from gradstats.optim.moment import (
-    Moment,
+    MomentUpdate,
     check_moment,
     combines,
     moment_of,
@@ -21,23 +21,21 @@ from gradstats.optim.moment import (
     reference_of,
 )
 from gradstats.optim.options import one_of
+from gradstats.optim.parts import Age
 from gradstats.optim.sgd import heavy_ball
 from gradstats.optim.update import Update, Values, moved
 from gradstats.units import average
 
 
-@dataclass(frozen=True)
-class RMSpropUpdate(Update):
+@dataclass(frozen=True, kw_only=True)
+class RMSpropUpdate(MomentUpdate):
     """s, and the mean gradient over its root, or a velocity that takes pushes of this."""
 
-    moment: Moment
     centered: bool
     squared: bool  # exponent 1
     eps_inside: bool
     momentum: bool
     averaged: bool  # m~ is kept
-    coupled: bool
-    statistics: tuple[str, ...]
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -46,19 +44,7 @@ class RMSpropUpdate(Update):
 
     @property
     def younger(self) -> tuple[str, ...]:
-        return (*(["exp_avg"] if self.averaged else []), *self.moment.younger)
-
-    def growth(self, name: str, batch_size: int, waiting: int) -> int:
-        return self.moment.growth(name, batch_size, waiting)
-
-    @property
-    def waits(self) -> bool:
-        return self.moment.waits
-
-    def sampled(self, state: Mapping[str, Any], gathered: bool) -> RMSpropUpdate:
-        return replace(
-            self, moment=self.moment.sampled(state, gathered), statistics=self.statistics if gathered else ()
-        )
+        return (*(["exp_avg"] if self.averaged else []), *super().younger)
 
     @property
     def bounded(self) -> str | None:
@@ -80,14 +66,13 @@ class RMSpropUpdate(Update):
 
     def denominator(self, x: Values, k: Values) -> Tensor:
         s = self.moment.floor(x.exp_avg_sq, x, k)
-        if self.moment.bounds:
-            s = maximum(s, x.m.square())
         if self.centered:
             mu2 = x.exp_avg.square()
             s = s - mu2
             if self.moment.floored:
                 s = maximum(s, k.inverse_reference * x.exp_avg_q - k.share_of_mean * mu2)
             s = s.clamp(min=0)
+        s = self.moment.above(s, x.m)
         if self.eps_inside:
             s = s + k.eps
         root = s if self.squared else s.sqrt()
@@ -228,13 +213,13 @@ class BatchInvariantRMSprop(ExampleOptimizer):
         moment, centered = moment_of(group, batch_size, state), group["centered"]
         return RMSpropUpdate(
             moment,
-            centered,
+            statistics=self.statistics(group) if moment.reads else (),
+            coupled=group["weight_decay"] != 0 and not group["decoupled_weight_decay"],
+            centered=centered,
             squared=group["exponent"] == 1,
             eps_inside=group["eps_inside"],
             momentum=group["momentum"] != 0,
             averaged=centered or moment.infinite or moment.partner == "exp_avg" or "exp_avg" in state,
-            coupled=group["weight_decay"] != 0 and not group["decoupled_weight_decay"],
-            statistics=self.statistics(group) if moment.reads else (),
         )
 
     def scalars(self, group: Mapping[str, Any], age: Age, update: Update) -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gradstats.optim.adam import BatchInvariantAdam
-from gradstats.optim.base import Age, Part
 from gradstats.optim.noise import NoiseScaled, ScaledUpdate, share
 from gradstats.optim.options import Check, one_of
+from gradstats.optim.parts import Age, Part
 from gradstats.optim.sgd import BatchInvariantSGD
 from gradstats.optim.update import Update, Values, moved
 from gradstats.sums import accumulation_dtype

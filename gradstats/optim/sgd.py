@@ -9,8 +9,9 @@ from typing import Any, Self
 from torch import Tensor
 
 from gradstats.errors import GradstatsError
-from gradstats.optim.base import Age, ExampleOptimizer
+from gradstats.optim.base import ExampleOptimizer
 from gradstats.optim.options import one_of
+from gradstats.optim.parts import Age
 from gradstats.optim.update import Update, Values, moved
 from gradstats.units import AVERAGES, average, forgotten
 

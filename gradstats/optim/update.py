@@ -77,7 +77,12 @@ class Update(ABC):
         """Whether it is of a batch without statistics, which leaves their averages as they are."""
         return False
 
-    def sampled(self, state: Mapping[str, Any], gathered: bool) -> Update | None:
+    @property
+    def misses(self) -> bool:
+        """Whether averages of statistics may lack what had a gradient, in this batch or in any before."""
+        return False
+
+    def of_part(self, state: Mapping[str, Any], gathered: bool) -> Update | None:
         """The same where statistics are of a part of what is seen (attach(..., every=k, fraction=f)), for a parameter
         whose state has these entries and a batch that has statistics or has none; None if there is no such equation."""
         return None

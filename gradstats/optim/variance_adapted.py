@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from gradstats.optim.adam import BatchInvariantAdam
-from gradstats.optim.base import Age
 from gradstats.optim.noise import NoiseScaled, ScaledUpdate, share
+from gradstats.optim.parts import Age
 from gradstats.optim.sgd import BatchInvariantSGD
 from gradstats.optim.update import Update, Values, moved
 

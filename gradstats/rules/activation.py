@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradstats.contribution import Contribution, PositionSum
+from gradstats.contribution import Contribution
+from gradstats.forms.dense import PositionSum
 from gradstats.rules.registry import Rule, rule
 
 

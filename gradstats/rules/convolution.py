@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from gradstats.contribution import Contribution, PositionSum
-from gradstats.rules.convolution_weight import ConvolutionWeight, Settings
+from gradstats.contribution import Contribution
+from gradstats.forms.convolution_weight import ConvolutionWeight, Settings
+from gradstats.forms.dense import PositionSum
 from gradstats.rules.registry import Rule, rule
 
 

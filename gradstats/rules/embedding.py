@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradstats.rows import Rows
+from gradstats.forms.rows import Rows
 from gradstats.rules.registry import Rule, refuse, rule
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from gradstats.contribution import Contribution
-from gradstats.rows import Rows, firsts
+from gradstats.forms.rows import Rows, firsts
 from gradstats.rules.embedding import Embedding
 from gradstats.rules.registry import Rule, refuse, rule
 

@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from gradstats.contribution import Dense
 from gradstats.errors import CoverageError
+from gradstats.forms.dense import Dense
 from gradstats.layout import FIRST, Layout
 from gradstats.rules.registry import Rule, refuse, refuse_coupling
 

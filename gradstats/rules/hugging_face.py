@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from gradstats.contribution import Contribution, PositionSum
+from gradstats.contribution import Contribution
+from gradstats.forms.dense import PositionSum
 from gradstats.rules.linear import outer
 from gradstats.rules.registry import Rule, rule
 

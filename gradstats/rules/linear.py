@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradstats.contribution import Contribution, Outer, OuterSum, PositionSum
+from gradstats.contribution import Contribution
+from gradstats.forms.dense import PositionSum
+from gradstats.forms.outer import Outer, OuterSum
 from gradstats.rules.registry import Rule, rule
 
 

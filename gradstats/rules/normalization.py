@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gradstats import kernels
-from gradstats.contribution import Contribution, Dense, PositionSum
+from gradstats.contribution import Contribution
+from gradstats.forms.dense import Dense, PositionSum
 from gradstats.rules.registry import Rule, refuse, refuse_coupling, rule
 from gradstats.sums import accumulation_dtype, wide
 
@@ -23,6 +25,10 @@ class Summed(Dense):
     def __init__(self, c: Tensor, positions: Callable[[], Contribution]):
         super().__init__(c)
         self.positions = positions
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], integers: Sequence[int]) -> Contribution:
+        return Dense(*tensors)  # positions are not traced
 
     def per_token(self) -> Contribution:
         return self.positions().per_token()
@@ -45,11 +51,14 @@ def by_kernel(
     """The backward pass of LayerNorm (`centered`) and RMSNorm on a device that has our kernel."""
     from gradstats.kernels import normalization
 
+    def by_position(name: str) -> Contribution:
+        return affine(d, xhat(), weight.dim(), wanted)[name]
+
     grad_input, *found = normalization.backward(d, x, weight, eps, centered, wanted)
     contributions: dict[str, Contribution] = {}
     for name, c in zip(("weight", "bias"), found, strict=True):
         if c is not None and name in wanted:
-            contributions[name] = Summed(c, lambda name=name: affine(d, xhat(), weight.dim(), wanted)[name])  # type: ignore[misc]
+            contributions[name] = Summed(c, partial(by_position, name))
     return grad_input, contributions
 
 

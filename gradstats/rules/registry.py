@@ -148,7 +148,8 @@ def refuse_coupling(module: nn.Module) -> None:
         raise refuse(
             module,
             "batch statistics make every example's output depend on the others, so per-example gradients do not exist",
-            "Replace it by nn.GroupNorm, or freeze its statistics with .eval()",
+            "Replace it by nn.GroupNorm, freeze its statistics with .eval(), or take an engine that sees losses or "
+            "whole backward passes: engine='random_sign' or 'microbatch'",
         )
 
 

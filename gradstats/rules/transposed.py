@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gradstats.forms.convolution_weight import Settings
 from gradstats.rules.convolution import contributions_of
-from gradstats.rules.convolution_weight import Settings
 from gradstats.rules.registry import Rule, rule
 
 

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradstats.contribution import Contribution, Dense, OuterSum, PositionSum
+from gradstats.contribution import Contribution
+from gradstats.forms.dense import Dense, PositionSum
+from gradstats.forms.outer import OuterSum
 from gradstats.rules.gates import GATES, Factors, Gates, States
 from gradstats.rules.linear import outer
 from gradstats.rules.registry import Rule, rule

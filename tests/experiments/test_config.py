@@ -36,8 +36,7 @@ def test_every_file_composes_and_can_be_built(file: Path) -> None:
     data = load_data(compose_config([]).data if own_data else config.data, torch.device("cpu"))
     model = build_model(config.model, data.shape, data.classes)
     optimizer = build_optimizer(model.parameters(), config.optimizer, config.train.batch_size, config.train.max_norm)
-    engine = config.engine
-    attach_statistics(model, optimizer, config.optimizer, engine=engine.name, statistics_dtype=engine.statistics_dtype)
+    attach_statistics(model, optimizer, config.optimizer, engine=config.engine)
     assert config.tracker.name in TRACKERS
     if config.study is not None:
         read_study(config)

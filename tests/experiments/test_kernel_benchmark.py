@@ -81,7 +81,7 @@ def test_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
         return Case("wrong", {"torch": lambda: [torch.ones(3)]}, lambda: [torch.full((3,), 1.1)])
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernel_benchmark, "machine", lambda threads, device: {"processor": device})
+    monkeypatch.setattr("experiments.benchmarks.machine.machine", lambda threads, device: {"processor": device})
     made = [too_large, *SMALL["adam"], wrong]
     monkeypatch.setattr(kernel_benchmark, "cases", lambda *_: made)
     output = tmp_path / "found" / "kernels.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -41,18 +40,6 @@ def test_results_stand_between_the_markers(folder: Path, monkeypatch: pytest.Mon
     assert Path("docs/batch_size_invariance.png").read_bytes() == Path("study/figure.png").read_bytes()
     assert launch(monkeypatch, "study") == 0
     assert Path("README.md").read_text() == text
-
-
-def test_memory_stands_between_its_markers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = {"layers": 2, "width": 16, "words": 99, "positions": 8, "batch_size": 4}
-    measured = shape | {"torch": "2", "machine": "abacus", "parameters": 1, "plain": 9.6, "attached": 10.2, "limit": 11}
-    readme.MEMORY.parent.mkdir()
-    readme.MEMORY.write_text(json.dumps(measured))
-    Path("README.md").write_text(TEXT + "<!-- memory: how -->\n<!-- /memory -->\n")
-    assert launch(monkeypatch, "study") == 0
-    text = Path("README.md").read_text()
-    assert "| plain step | 10 |\n| with the exact second moment | 10 |\n" in text
-    assert "2 layers, d = 16, 99 words, T = 8, B = 4; torch 2, abacus." in text
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,18 @@ def test_continues_bit_for_bit(method: str, short: Compose, tmp_path: Path) -> N
     assert torch.equal(parameters(tmp_path / "killed"), parameters(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("part", [["engine.every=4"], ["engine.fraction=0.25"]])
+def test_statistics_of_a_part_continue_bit_for_bit(part: list[str], short: Compose, tmp_path: Path) -> None:
+    """At R = 1, where the statistics of every batch are read."""
+    options = ["optimizer=batch_invariant_adam_r1", "resume=true", "train.checkpoint_every_examples=512"]
+    config = short(*options, *part)
+    whole = train(config, tmp_path / "whole")
+    assert numbers(whole) != numbers(train(short(*options), tmp_path / "all"))
+    train_until(1600, config, tmp_path / "killed")
+    assert numbers(train(config, tmp_path / "killed")) == numbers(whole)
+    assert torch.equal(parameters(tmp_path / "killed"), parameters(tmp_path / "whole"))
+
+
 def test_a_directory_with_a_run_is_neither_overwritten_nor_mixed(short: Compose, tmp_path: Path) -> None:
     train_until(2560, short("optimizer=adam", "train.checkpoint_every_examples=1024"), tmp_path)
     with pytest.raises(UserError, match=f"{tmp_path} holds a run already: add resume=true"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradstats import choice
-from gradstats.choice import ROUNDS, chosen, fastest
+from gradstats.choice import ROUNDS, choices, fastest, pin
 
 
 class Ways(dict):
@@ -37,18 +37,20 @@ def test_the_fastest_by_its_best_run_is_kept(monkeypatch):
 def test_keys_are_measured_separately(monkeypatch):
     ways = Ways(monkeypatch, a=[1.0] * 3 + [9.0], b=[2.0])
     assert (fastest(("form", 8), ways), fastest(("form", 16), ways)) == ("a", "b")
-    assert chosen() == {("form", 8): "a", ("form", 16): "b"}
+    assert choices() == {("form", 8): "a", ("form", 16): "b"}
 
 
-def test_what_is_written_into_the_table_is_taken_unmeasured(monkeypatch):
+def test_what_is_pinned_is_taken_unmeasured(monkeypatch):
     ways = Ways(monkeypatch, a=1.0, b=2.0)
-    chosen()["key"] = "b"
+    pin({"key": "b"})
     assert fastest("key", ways) == "b" and ways.ran == ["b"]
+    choices()["key"] = "a"  # a copy
+    assert fastest("key", ways) == "b" and choices() == {"key": "b"}
 
 
 def test_a_way_that_is_there_no_longer_is_replaced(monkeypatch):
     ways = Ways(monkeypatch, a=2.0, b=1.0)
-    chosen()["key"] = "compiled elsewhere"
+    pin({"key": "compiled elsewhere"})
     assert fastest("key", ways) == "b"
 
 
@@ -60,14 +62,14 @@ def test_runs_that_must_repeat_take_the_first_way(monkeypatch, count):
         assert fastest("key", ways) == "first"
     finally:
         torch.use_deterministic_algorithms(False)
-    assert ways.ran == ["first"] and chosen() == {}
+    assert ways.ran == ["first"] and choices() == {}
 
 
 def test_unmeasured_takes_the_first_way(monkeypatch):
     ways = Ways(monkeypatch, slow=2.0, fast=1.0)
     with choice.unmeasured():
         assert fastest("key", ways) == "slow"
-    assert ways.ran == ["slow"] and "key" not in chosen()
+    assert ways.ran == ["slow"] and "key" not in choices()
     assert fastest("key", ways) == "fast"
 
 
@@ -81,10 +83,17 @@ def test_a_graph_takes_the_first_way():
 
     compiled = torch.compile(lambda: fastest("key", {"first": way("first"), "second": way("second")}), backend="eager")
     assert compiled().tolist() == [1, 1]
-    assert "key" not in chosen()
+    assert "key" not in choices()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out"), MemoryError(), RuntimeError("can't allocate memory")])
+class OutOfResources(Exception):
+    """As Triton calls it."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("out"), MemoryError(), RuntimeError("can't allocate memory"), OutOfResources("memory")],
+)
 def test_a_way_without_memory_is_not_chosen(monkeypatch, error):
     ways = Ways(monkeypatch, greedy=error, late=[0.5, error], modest=[1.0])
     assert fastest("key", ways) == "modest"
@@ -102,4 +111,11 @@ def test_the_allocator_says_so():
     """The words by which torch's error on the CPU is known."""
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
-    assert choice.is_out_of_memory(caught.value)
+    assert choice.lacks_memory(caught.value)
+
+
+def test_triton_says_so():
+    """The name by which its error is known."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    assert choice.lacks_memory(errors.OutOfResources(2, 1, "shared memory"))
+    assert not choice.lacks_memory(errors.PTXASError("failed"))

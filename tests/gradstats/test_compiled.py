@@ -414,6 +414,19 @@ def test_every_statistic():
     assert worst(*pair) <= EXACT
 
 
+@pytest.mark.parametrize("layer", [nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True)], ids=["group", "instance"])
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.5}], ids=["all examples", "some"])
+def test_sums_outside_of_the_graph_of_what_a_kernel_adds_up(layer, options):
+    """torch's kernel for the layer adds up the positions: their contributions are never in the graph."""
+    x, y = torch.randn(B, 5, 6).double(), torch.randn(B, 4, 6).double()
+    model = nn.Sequential(nn.Conv1d(5, 4, 1), layer).double()
+    pair = [attached(copy.deepcopy(model), ("second_moment", "abs_mean"), **options) for _ in range(2)]
+    pair[0] = compiled(pair[0], x)
+    for it in pair:
+        F.mse_loss(it.call(x), y).backward()
+    assert worst(*pair) <= EXACT
+
+
 def test_detached_compiled_and_attached_again():
     found, expected = twins()
     loss_of(found).backward()

@@ -61,6 +61,13 @@ def test_statistics_not_asked_for(problem):
         gradstats.compute(problem[0], F.cross_entropy, *problem[1:], statistics=["variances"])
 
 
+@pytest.mark.parametrize("function", [gradstats.compute, gradstats.verify])
+def test_losses_of_single_examples_are_not_at_hand(problem, function):
+    model, x, y = problem
+    with pytest.raises(gradstats.GradstatsError, match="loss_fn gives the loss of the batch"):
+        function(model, lambda *_: pytest.fail("computed"), x, y, engine="random_sign")
+
+
 def test_error_in_the_loss_restores_the_model(problem):
     model, x, _ = problem
     held = model[0].weight.grad = torch.ones_like(model[0].weight)

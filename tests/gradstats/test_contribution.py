@@ -6,11 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gradstats.blocks import BLOCK, Contribution
-from gradstats.contribution import Dense, Groups, Outer, OuterSum, PositionSum, Streamed
+from gradstats.choice import pin
+from gradstats.contribution import BLOCK, Contribution
 from gradstats.errors import CoverageError
+from gradstats.forms.dense import Dense, PositionSum
+from gradstats.forms.outer import Outer, OuterSum
+from gradstats.forms.rows import Rows
+from gradstats.forms.streamed import Groups, Streamed
 from gradstats.native.build import compiler
-from gradstats.rows import Rows
 from gradstats.rules.convolution import Convolution
 from gradstats.statistics import STATISTICS
 from gradstats.sums import SUMS, RawSum, register
@@ -180,10 +183,9 @@ def test_every_way_to_a_sum_over_positions(names, sizes, compiled, monkeypatch):
 @pytest.mark.parametrize("names", [BOTH, BOTH[:1], BOTH[1:], (*BOTH, "max_abs")])
 def test_one_position_with_and_without_the_kernel(names, monkeypatch):
     form, c = outer()
-    kept = {}
-    monkeypatch.setattr("gradstats.choice._chosen", kept)
+    monkeypatch.setattr("gradstats.choice._chosen", {})
     for way in ("native", "products"):
-        kept[("Outer", form.dtype, None, *form.shape, form.count.bit_length())] = way
+        pin({("Outer", form.dtype, None, *form.shape, form.count.bit_length()): way})
         gradient, found = form.sums(names)
         torch.testing.assert_close(gradient, c.sum(0))
         assert set(found) == set(names)
@@ -193,7 +195,7 @@ def test_one_position_with_and_without_the_kernel(names, monkeypatch):
 
 def test_a_large_parameter_is_streamed_in_parts(monkeypatch):
     """The buffer for one example's contribution is no larger than a block."""
-    monkeypatch.setattr("gradstats.contribution.BLOCK", 10)
+    monkeypatch.setattr("gradstats.forms.outer.BLOCK", 10)
     form, c = outer_sum()
     gradient, found = Streamed.direct(form, BOTH)
     torch.testing.assert_close(gradient, c.sum(0))

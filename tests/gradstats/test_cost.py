@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.benchmarks.meter import Profiled
 from experiments.gpt import GPT
 from gradstats import attach, native
-from gradstats.blocks import CACHED
 from gradstats.choice import unmeasured
 from gradstats.compute import call
-from gradstats.contribution import OuterSum
-from gradstats.rules.convolution_weight import ConvolutionWeight, Settings
+from gradstats.contribution import CACHED
+from gradstats.forms.convolution_weight import ConvolutionWeight, Settings
+from gradstats.forms.outer import OuterSum
 from tests.layers import LAYERS, Row
 
 GPTS = {

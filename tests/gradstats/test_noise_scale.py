@@ -46,7 +46,7 @@ def test_averages_are_separate_and_count_examples():
     noise, small, large = NoiseScale(1e12), each(batches(2, 5)), each(batches(8, 5, seed=1))
     for some, b in ((small, 2), (large, 8)):
         for one in some:
-            noise.update(one, b)
+            noise.add(one, b)
     assert noise.examples == 50
     for i, value in enumerate((noise.gradient_squared, noise.trace)):
         expected = sum(float(e[i]) * 2 for e in small) + sum(float(e[i]) * 8 for e in large)
@@ -64,7 +64,7 @@ def test_the_memory_is_a_number_of_examples():
         noise = NoiseScale(1000)
         for value, examples in ((before, 20_000), (after, 1000)):
             for _ in range(examples // b):
-                noise.update(value, b)
+                noise.add(value, b)
         found.append(noise.simple)
     assert found[0] == pytest.approx(found[1]) == pytest.approx(9 - 5 / math.e, rel=1e-3)
 
@@ -76,7 +76,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(horizon):
     for seed in range(400):
         noise = NoiseScale(horizon)
         for one in each(batches(16, 100, seed=seed)):
-            noise.update(one, 16)
+            noise.add(one, 16)
         low, high = noise.interval(0.9)
         assert low <= noise.simple <= high
         inside += low <= TRACE / G2 <= high
@@ -86,10 +86,10 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(horizon):
 def test_no_bound_where_no_gradient_stands_out():
     noise = NoiseScale(1e9)
     assert noise.interval() == (0, math.inf)
-    noise.update(NoiseEstimate(torch.tensor(1.0), torch.tensor(4.0)), 8)
+    noise.add(NoiseEstimate(torch.tensor(1.0), torch.tensor(4.0)), 8)
     assert noise.interval() == (0, math.inf)  # one batch has no scatter
     for g in (-1.0, 1.5, -0.7, 0.6):
-        noise.update(NoiseEstimate(torch.tensor(g), torch.tensor(4.0 + g)), 8)
+        noise.add(NoiseEstimate(torch.tensor(g), torch.tensor(4.0 + g)), 8)
     low, high = noise.interval()
     assert 0 < low < noise.simple and high == math.inf
     noise.gradient_squared = -0.1
@@ -99,14 +99,44 @@ def test_no_bound_where_no_gradient_stands_out():
 def test_state_dict_continues():
     one, two, some = NoiseScale(500), NoiseScale(500), each(batches(4, 6))
     for value in some[:3]:
-        one.update(value, 4)
+        one.add(value, 4)
     two.load_state_dict(one.state_dict())
     for noise in (one, two):
         for value in some[3:]:
-            noise.update(value, 4)
+            noise.add(value, 4)
     assert one.interval() == two.interval() and one.state_dict() == two.state_dict()
     with pytest.raises(GradstatsError, match="has the state"):
         two.load_state_dict({"trace": 1.0})
+
+
+def test_windows_that_are_not_gathered_count_with_the_next():
+    """And a batch of one example, or of gradients that overflowed, not at all."""
+    model = nn.Linear(4, 1)
+    found, batches = [], [4, 8, 1, 4, 6]
+    torch.manual_seed(0)
+    examples = [torch.randn(b, 4) for b in batches]
+    for every in (1, 2):
+        noise = NoiseScale(1e9)
+        with gradstats.attach(model, "noise_scale", every=every) as stats:
+            for x in examples:
+                model.zero_grad()
+                model(x).square().mean().backward()
+                noise.update(stats)
+        found.append(noise.examples)
+    assert found == [4 + 8 + 4 + 6, 4 + (8 + 4 + 6)]
+    estimates = []
+    with gradstats.attach(model, "noise_scale") as stats:
+        for x in (examples[0], examples[4]):
+            model.zero_grad()
+            model(x).square().mean().backward()
+            estimates.append(stats.noise_scale.total)
+        before = noise.state_dict()
+        model.zero_grad()
+        model(examples[0] * math.inf).square().mean().backward()
+        noise.update(stats)
+    assert noise.state_dict() == before
+    expected = (4 * estimates[0].trace + 18 * estimates[1].trace) / 22
+    assert noise.trace == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_refusals():

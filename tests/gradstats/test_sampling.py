@@ -106,7 +106,7 @@ def test_gathered_windows_are_exact_and_others_are_plain():
             for p, q in zip(model.parameters(), twin.parameters(), strict=True):
                 assert torch.equal(p.grad, q.grad)
             for entries in (stats.second_moment, stats.norms, stats.variance):
-                with pytest.raises(MissingStatistic, match=r"every 2th one only \(every=2\). Ask stats.gathered"):
+                with pytest.raises(MissingStatistic, match=r"one window in 2 \(every=2\). Ask stats.gathered"):
                     entries["0.weight"]
             with pytest.raises(MissingStatistic, match="stats.gathered"):
                 stats.norms.total  # noqa: B018
@@ -426,6 +426,24 @@ def test_sums_are_over_the_examples_drawn_and_over_all_in_the_mean(name, statist
         torch.testing.assert_close(total[key], oracle.second_moment(c), rtol=1e-12, atol=1e-15)
 
 
+def test_variance_is_unbiased():
+    """Over all subsets, in which some elements come out below zero."""
+    model, (x, y) = network().double(), batch(4)
+    x = x.double()
+    expected = oracle.contributions(model, F.cross_entropy, x, y)
+    stats, subsets = attach(model, "variance", fraction=0.5), list(itertools.combinations(range(4), 2))
+    found: dict = {key: [] for key in expected}
+    for subset in subsets:
+        draws(stats, *subset)
+        model.zero_grad()
+        step(model, x, y)
+        for key in expected:
+            found[key].append(stats.variance[key])
+    for key, c in expected.items():
+        torch.testing.assert_close(torch.stack(found[key]).mean(0), oracle.variance(c), rtol=1e-10, atol=1e-15)
+    assert min(float(torch.stack(values).min()) for values in found.values()) < -1e-6
+
+
 @pytest.mark.parametrize("name", ["linear", "tied"])
 def test_all_layers_see_the_same_examples(name):
     make, draw = MODELS[name]
@@ -536,7 +554,7 @@ def test_refused_on_reading_too():
     model, (x, y) = network(), batch()
     stats = attach(model, fraction=0.5)
     step(model, x, y)
-    assert bool((stats.read("variance")["0.weight"] >= 0).all())
+    assert stats.read("variance")["0.weight"].shape == model.get_parameter("0.weight").shape
     with pytest.raises(GradstatsError, match="'snr' is not a sum"):
         stats.snr["0.weight"]
 
@@ -548,6 +566,8 @@ def test_refused_on_reading_too():
         ({"every": 2.0}, "every=2.0"),
         ({"fraction": 0.0}, "fraction=0.0"),
         ({"fraction": 1.5}, "fraction=1.5"),
+        ({"every": True}, "every=True"),
+        ({"fraction": True}, "fraction=True"),
         ({"fraction": 0.5, "granularity": "token"}, "draws examples"),
         ({"every": 2, "engine": "microbatch"}, "gathers all that it sees"),
         ({"generator": torch.Generator()}, "draws nothing"),

@@ -7,7 +7,10 @@ from torch import nn
 
 import gradstats
 from gradstats import VerificationError, function
-from gradstats.contribution import Contribution, Dense, OuterSum, Streamed
+from gradstats.contribution import Contribution
+from gradstats.forms.dense import Dense
+from gradstats.forms.outer import OuterSum
+from gradstats.forms.streamed import Streamed
 from gradstats.rules.linear import Linear
 from gradstats.statistics import STATISTICS, SecondMoment
 from tests.gradstats.rules.test_fallback import Twice

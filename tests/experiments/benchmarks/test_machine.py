@@ -1,4 +1,4 @@
-"""Ratios, and what a measurement was taken with."""
+"""What a measurement was taken with."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ import pytest
 import torch
 
 from experiments.benchmarks import machine as module
-from experiments.benchmarks.machine import machine, peers, ratio, save
-
-
-def test_ratios_are_taken_pair_by_pair() -> None:
-    assert ratio([2.0, 30.0, 4.0], [1.0, 10.0, 4.0]) == [1.5, 2.0, 2.5]  # of 1, 2, 3
-    assert ratio([3.0], [2.0]) == [1.5] * 3
-    with pytest.raises(ValueError, match="zip"):
-        ratio([1.0, 2.0], [1.0])
+from experiments.benchmarks.machine import machine, peers, save
 
 
 def test_machine_is_told() -> None:
@@ -37,6 +30,6 @@ class One:
 
 def test_results_are_saved_with_the_machine(tmp_path: Path) -> None:
     path = tmp_path / "new" / "found.json"
-    save(path, 2, [One(1), One(2)])
+    save(path, 2, [One(1), One(2)], "cpu")
     written = json.loads(path.read_text())
     assert written["results"] == [{"x": 1}, {"x": 2}] and written["machine"]["threads"] == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,16 +35,38 @@ def test_measurements_of_other_code_do_not_count(tmp_path: Path) -> None:
     assert other.error("mlp", "loop") is None and other.dropped == 1
 
 
-def test_code_is_that_of_all_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the library and of the benchmark: C++ too."""
-    before = code()
-    assert code() == before
-    monkeypatch.setattr(module, "SOURCES", ("py",))
-    (tmp_path / "gradstats").mkdir()
-    source = tmp_path / "gradstats" / "a.py"
-    monkeypatch.setattr(module.gradstats, "__file__", str(tmp_path / "gradstats" / "__init__.py"))
-    found = set()
-    for text in ("a = 1", "a = 2"):
-        source.write_text(text)
+def test_code_is_that_of_what_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ of the library too, and the benchmark's modules, but no optimizer, and not how results are told."""
+    library, experiments = tmp_path / "gradstats", tmp_path / "experiments"
+    measuring, idle = [library / "a.py", library / "b.cpp"], [library / "optim" / "adam.py", library / "c.so"]
+    measuring += [experiments / name for name in module.MEASURING]
+    idle += [experiments / "benchmarks" / "report.py"]
+    for path in [*measuring, *idle]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    monkeypatch.setattr(module.gradstats, "__file__", str(library / "__init__.py"))
+    monkeypatch.setattr(module, "__file__", str(experiments / "benchmarks" / "results.py"))
+    found = {code()}
+    for path in measuring:
+        path.write_text("1")
+        assert code() not in found
         found.add(code())
-    assert len(found | {before}) == 3
+    for path in idle:
+        path.write_text("1")
+        assert code() in found
+
+
+IMPORTED = """
+import sys
+import experiments.benchmarks.measure
+print(*(module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] == "experiments"))
+"""
+
+
+def test_what_measures_is_what_a_measuring_process_imports() -> None:
+    """Beside packages' own files."""
+    experiments = Path(module.__file__).parents[1]
+    command = [sys.executable, "-c", IMPORTED]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=experiments.parent).stdout
+    imported = {str(Path(path).relative_to(experiments)) for path in told.split() if not path.endswith("__init__.py")}
+    assert imported == set(module.MEASURING)

@@ -34,12 +34,22 @@ def test_scales_have_a_process_for_each_value(settings: Settings) -> None:
     assert [workload for workload, *_ in keys[::2]] == [f"scale_batch={b}" for b in SCALES["scale_batch"].quick]
 
 
-def test_compiled_ones_take_part_where_they_belong_or_are_named() -> None:
-    quick, full = Settings(quick=True), Settings()
-    compiled = {"contestants": ["ours-compiled"], "workloads": list(WORKLOADS)}
-    assert not list(plan(quick, **compiled).jobs())
-    assert {key[0] for key in plan(full, **compiled).jobs()} == set(CONTESTANTS["ours-compiled"].only)
-    assert {key[0] for key in plan(quick, named=True, **compiled).jobs()} == set(WORKLOADS)
+def test_contestants_take_part_where_they_belong_or_are_named(settings: Settings) -> None:
+    everyone = {"contestants": list(CONTESTANTS), "workloads": list(WORKLOADS)}
+    taken = {key[:2] for key in plan(settings, **everyone).jobs()}
+    assert {workload for workload, contestant in taken if contestant == "ours-compiled"} == {"mlp", "resnet18", "gpt"}
+    assert {contestant for workload, contestant in taken if workload == "gpt2_layers"} == {
+        "plain",
+        "ours-second_moment",
+    }
+    assert {contestant for workload, contestant in taken if workload == "mlp"} == set(CONTESTANTS)
+    named = {key[:2] for key in plan(settings, named=True, **everyone).jobs()}
+    assert len(named) == len(WORKLOADS) * len(CONTESTANTS)
+
+
+def test_what_takes_part_somewhere_only_names_what_there_is() -> None:
+    assert {name for one in CONTESTANTS.values() for name in one.only} <= set(WORKLOADS)
+    assert {name for one in WORKLOADS.values() for name in one.only} <= set(CONTESTANTS)
 
 
 def test_a_killed_run_continues(

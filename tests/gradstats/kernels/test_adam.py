@@ -25,8 +25,7 @@ SCALARS = {
 
 
 def plain(reads):
-    moment = Moment(None, floored=False, infinite=False, signed=False, reads=reads, remembers=False)
-    return AdamUpdate(moment, False, "adam", coupled=False, statistics=("second_moment",) if reads else ())
+    return AdamUpdate(Moment(reads), statistics=("second_moment",) if reads else ())
 
 
 def columns(sizes, dtype=torch.float32, reads=True):

@@ -20,8 +20,9 @@ class OnDevice:
 
     is_cuda = True
 
-    def __init__(self, dtype=torch.float32, size=3, device="cuda:0"):
+    def __init__(self, dtype=torch.float32, size=3, device="cuda:0", addressable=True):
         self.dtype, self.device, self.size = dtype, torch.device(device), size
+        self.addressable = addressable
 
     def numel(self):
         return self.size
@@ -35,12 +36,14 @@ class OnDevice:
         ((OnDevice(torch.float64),), False),
         ((OnDevice(), OnDevice(torch.float16)), False),
         ((OnDevice(), OnDevice(size=0)), False),
+        ((OnDevice(), OnDevice(addressable=False)), False),  # a DTensor, or lazily negated
         ((OnDevice(), OnDevice(device="cuda:1")), False),
         ((torch.ones(3),), False),
     ],
 )
 def test_tensors(tensors, served, monkeypatch):
     monkeypatch.setattr(kernels, "compiles", lambda device: True)
+    monkeypatch.setattr(kernels, "addressable", lambda t: t.addressable)
     assert kernels.available(*tensors) == served
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not kernels.available(*tensors)

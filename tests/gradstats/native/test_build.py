@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradstats import native
-from gradstats.contribution import OuterSum
+from gradstats.forms.outer import OuterSum
 from gradstats.native import build
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
@@ -33,7 +33,7 @@ def test_other_instructions_are_another_library(fresh, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "build", lambda command, flags, path: path.touch())
     for capability in ("AVX512", "AVX2", "DEFAULT"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        with pytest.warns(UserWarning, match="could not be compiled"):  # an empty file is no library
+        with pytest.warns(UserWarning, match="could not be had"):  # an empty file is no library
             fresh()
     assert len(list((tmp_path / "gradstats").iterdir())) == 3
 
@@ -59,13 +59,54 @@ def test_without_a_compiler_torch_does_it(fresh, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("fails", ["compiler", "directory"])
-def test_what_goes_wrong_is_said(fresh, monkeypatch, tmp_path, fails):
-    if fails == "compiler":
+@pytest.mark.parametrize("others", ["write", "own"])
+def test_nothing_is_run_from_where_others_may_write(fresh, monkeypatch, tmp_path, others):
+    kept = tmp_path / "gradstats"
+    assert fresh() is not None and kept.stat().st_mode & 0o777 == 0o700
+    (path,) = kept.iterdir()
+    path.write_bytes(b"planted")
+    if others == "write":
+        kept.chmod(0o770)
+    else:
+        monkeypatch.setattr(build.os, "getuid", lambda: kept.stat().st_uid + 1)
+    kernels = fresh()
+    assert kernels is not None and not Path(kernels._name).is_relative_to(kept)
+    assert not Path(kernels._name).parent.exists() and path.read_bytes() == b"planted"
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "library", lambda: kernels)
+        d, a = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
+        torch.testing.assert_close(native.outer_sum(d, a, ["squared_norms"])[0], torch.einsum("nto,nti->oi", d, a))
+
+
+def test_the_compiler_is_what_the_user_says(monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda name: name in ("g++", "clang++", "mine"))
+    for named, expected in ((None, "g++"), ("mine", "mine"), ("missing", "g++")):
+        monkeypatch.delenv("CXX", raising=False)
+        if named:
+            monkeypatch.setenv("CXX", named)
+        assert build.compiler_of_cpu() == expected
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [("compiler", "nonsense"), ("directory", "FileExistsError"), ("symbols", "outer_sum"), ("home", "home directory")],
+)
+def test_what_goes_wrong_is_said(fresh, monkeypatch, tmp_path, fails, said):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    if fails == "home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(build.Path, "home", no_home)
+    elif fails == "symbols":
+        monkeypatch.setattr(build, "SOURCE", tmp_path / "other.cpp")
+        build.SOURCE.write_text("int x = 0;")
+    elif fails == "compiler":
         monkeypatch.setattr(build, "SOURCE", tmp_path / "broken.cpp")
         build.SOURCE.write_text("int x = nonsense;")
     else:
         (tmp_path / "gradstats").touch()
-    with pytest.warns(UserWarning, match="nonsense" if fails == "compiler" else "FileExistsError"):
+    with pytest.warns(UserWarning, match=said):
         assert fresh() is None
-    assert not list(tmp_path.glob("gradstats/*"))
+    assert fails == "symbols" or not list(tmp_path.glob("gradstats/*"))

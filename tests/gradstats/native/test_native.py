@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradstats import native
+from gradstats.forms.outer import OuterSum
 from gradstats.native import build
 from tests.allocations import LargestAllocation
 
@@ -110,6 +111,25 @@ def test_what_is_left_to_torch():
     assert not native.serves(d.to("meta"), a.to("meta"))
     assert not native.serves(d[:0], a[:0]) and not native.serves(d[..., :0], a)
     assert not native.serves(torch.nn.Parameter(d), a)
+    negated = torch.complex(torch.zeros_like(a), a).conj().imag  # whose memory holds a
+    assert not native.serves(d, negated) and not native.serves(negated, d)
+    assert not native.serves(torch._efficientzerotensor(d.shape, dtype=d.dtype), a)
+
+
+def test_a_sum_over_many_examples_keeps_its_digits():
+    """In one register 0.1 would be added up with an error of 3e-4."""
+    d = torch.full((50_000, 1, 4), 0.1)
+    gradient, found = native.outer_sum(d, d, BOTH[:1])
+    expected = d[0, 0].double().outer(d[0, 0].double())
+    torch.testing.assert_close(gradient.double(), 50_000 * expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["sum_of_squares"].double(), 50_000 * expected.square(), rtol=1e-5, atol=0)
+
+
+def test_it_can_be_turned_off(monkeypatch):
+    form = OuterSum(*operands(2, 3, 4, 5))
+    assert "native" in form.ways(BOTH)
+    monkeypatch.setattr(native, "enabled", False)
+    assert "native" not in form.ways(BOTH)
 
 
 def test_memory_beside_the_results_is_that_of_a_task():

@@ -27,12 +27,11 @@ class Adam:
         amsgrad=False,
         denominator="adam",
         l2=0.0,
-        sampled=False,
     ):
         self.p, self.lr, self.betas, self.eps, self.decay, self.b0 = p.clone(), lr, betas, eps, weight_decay, batch_size
         self.r = math.inf if source == "mean_square" else reference
         self.source, self.estimator, self.kind, self.l2 = source, estimator, average, l2
-        self.amsgrad, self.denominator, self.sampled = amsgrad, denominator, sampled
+        self.amsgrad, self.denominator, self.missed = amsgrad, denominator, False
         self.e = self.e_q = 0
         self.waiting = 0  # examples since s moved
         self.m = self.s = self.q = self.largest = torch.zeros_like(p)
@@ -96,6 +95,7 @@ class Adam:
         g = g + self.l2 * self.p
         b, m, q = len(g), g.mean(0), g.square().mean(0)
         moves = gathered or self.alone(b)
+        self.missed |= not moves
         v = self.value(g)
         self.e += b
         self.waiting += b
@@ -119,7 +119,7 @@ class Adam:
             if moves:
                 self.largest = torch.maximum(self.largest, s * correction)
             s = self.largest / correction
-        if self.sampled and self.source != "variance" and not self.alone(b):  # no element moves by more than lr
+        if self.missed:  # no element moves by more than lr
             s = torch.maximum(s, self.m.square())
         below = 1 + s.sqrt() / self.eps if self.denominator == "slides" else s.sqrt() + self.eps
         self.p = self.p * (1 - self.lr * self.decay) ** (b / self.b0)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradstats import kernels
-from gradstats.blocks import BLOCK, Contribution
-from gradstats.sums import Block, wide
+from gradstats.contribution import BLOCK, Contribution
+from gradstats.sums import Block, Reduction, wide
 
 
 class Rows(Contribution):
@@ -48,7 +48,7 @@ class Rows(Contribution):
         """The sum over positions of values (n, t, o), at their rows."""
         return values.new_zeros(self.shape).index_add_(0, self.ids.flatten(), values.flatten(0, 1))
 
-    def direct(self, names: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def direct(self, names: Collection[str]) -> Reduction:
         if kernels.available(self.d):
             from gradstats.kernels import rows
 

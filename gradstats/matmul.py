@@ -5,8 +5,8 @@
 
 attach(model, statistics_dtype=torch.bfloat16) asks for the second. bfloat16 has the exponents of float32, so nothing
 has to be scaled against underflow: squares are formed in float32, and what it can hold, bfloat16 can. A factor is off
-by 2^-8 of itself at most, and so is the result where the device rounds it too; all terms of a sum of squares are
-positive, so its error is three of these at most.
+by 2^-8 of itself at most, and so is the result where the device rounds it too. Only sums of positive terms are to be
+computed so: theirs is an error of three of these at most, and where terms cancel, there is no bound.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gradstats.choice import fastest
 
-# Of a sum of positive terms: both factors and the result, and the B/(B-1) of a variance.
-ROUNDING = {torch.bfloat16: 2.0**-7}
+# The largest relative error of a sum of positive terms: both factors and the result are rounded.
+ROUNDING = {torch.bfloat16: 3 * 2.0**-8}
 
 # Names of the instructions among torch.cpu.get_capabilities(); without them bfloat16 is slower than float32.
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
@@ -26,8 +26,8 @@ BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """a (..., m, k) times b (..., k, n), with factors in `dtype` if the device multiplies them faster; in a's dtype."""
     if dtype is not None and supports(a.device, dtype):
-        return reduced(a.to(dtype), b.to(dtype)).to(a.dtype)
-    if a.device.type == "cpu" and a.dtype == torch.float32 and a.dim() == 2:
+        return rounded(a.to(dtype), b.to(dtype)).to(a.dtype)
+    if a.device.type == "cpu" and a.dtype == torch.float32 and a.dim() == 2 and a.numel() and b.numel():
         key = ("product", a.shape[0], b.shape[1], a.shape[1].bit_length())
         return fastest(key, {"blas": lambda: a @ b, "onednn": lambda: by_convolution(a, b)})
     return a @ b
@@ -42,7 +42,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def reduced(a: Tensor, b: Tensor) -> Tensor:
+def rounded(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cuda":
         multiply = torch.mm if a.dim() == 2 else torch.bmm
         return multiply(a, b, out_dtype=torch.float32)

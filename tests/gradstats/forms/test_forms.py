@@ -1,17 +1,25 @@
-"""Forms of contributions that only one rule has: whole, in tiles, an example, a position or a group at a time."""
+"""Every form of contributions, and those that only one rule has in tiles, by example, by position and in groups."""
+
+from inspect import isabstract
 
 import pytest
 import torch
 from torch import nn
 
-from gradstats.blocks import CACHED
-from gradstats.contribution import Streamed
+from gradstats.contribution import CACHED, Contribution
 from gradstats.errors import CoverageError
-from gradstats.rules.bilinear import Products
+from gradstats.forms.convolution_weight import in_parts
+from gradstats.forms.dense import Dense, PositionSum
+from gradstats.forms.outer import Outer, OuterSum
+from gradstats.forms.products import Products
+from gradstats.forms.rows import Rows
+from gradstats.forms.streamed import Groups, Streamed
+from gradstats.joint import Total
 from gradstats.rules.convolution import Convolution
-from gradstats.rules.convolution_weight import gathered
+from gradstats.rules.normalization import Summed
 from gradstats.rules.registry import Rule
 from gradstats.rules.transposed import TransposedConvolution
+from gradstats.rules.unrolled import Uneven
 from tests.allocations import LargestAllocation
 
 N = 6
@@ -54,6 +62,99 @@ FORMS = {
 }
 
 
+def dense():
+    c = randn(N, 4, 3)
+    return Dense(c), c
+
+
+def outer(positions):
+    d, a = randn(N, positions, 4), randn(N, positions, 3)
+    return d, a, torch.einsum("nto,nti->noi", d, a)
+
+
+def outer_sum(kind):
+    d, a, c = outer(5)
+    return kind(d, a), c
+
+
+def one_position():
+    d, a, c = outer(1)
+    return Outer(d[:, 0], a[:, 0]), c
+
+
+def rows():
+    ids, d = torch.randint(0, 7, (N, 3)), randn(N, 3, 4)
+    return Rows(ids, d, 7), torch.einsum("ntr,nto->nro", nn.functional.one_hot(ids, 7).double(), d)
+
+
+def position_sum():
+    c = randn(N, 2, 3, 4)
+    return PositionSum(c, 1), c.sum((1, 2))
+
+
+def summed():
+    form, c = position_sum()
+    return Summed(c, lambda: form), c
+
+
+def groups():
+    form, c = dense()
+    return Groups(form, 2), c.unflatten(0, (-1, 2)).sum(1)
+
+
+def total():
+    (one, c), (other, e) = dense(), outer_sum(OuterSum)
+    return Total([one, other]), c + e
+
+
+# By the names that operators know them by.
+BY_NAME = {
+    "Dense": dense,
+    "PositionSum": position_sum,
+    "Summed": summed,
+    "Outer": one_position,
+    "OuterSum": lambda: outer_sum(OuterSum),
+    "Uneven": lambda: outer_sum(Uneven),
+    "Rows": rows,
+    "Products": FORMS["products"],
+    "ConvolutionWeight": FORMS["transposed, padded"],
+    "Groups": groups,
+    "Total": total,
+}
+# Where they occur, a graph breaks.
+EAGER = {"Groups", "Total"}
+
+
+def test_every_form_is_tested():
+    concrete = [name for name, kind in Contribution.FORMS.items() if not isabstract(kind)]
+    assert {name for name in concrete if Contribution.FORMS[name].__module__.startswith("gradstats.")} == {*BY_NAME}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_what_is_made_of_a_form(name):
+    """Itself again, from its operands, and a part of its examples."""
+    made, c = BY_NAME[name]()
+    assert type(made) is Contribution.FORMS[name]
+    index = torch.tensor([2, 0])
+    forms = {made: c, made.subset(index): c[index]}
+    if name in EAGER:
+        with pytest.raises(CoverageError, match="torch.compile"):
+            _ = made.operands
+    else:
+        tensors, integers = made.operands
+        assert all(type(n) in (int, bool) for n in integers)
+        again = type(made).of(list(tensors), [int(n) for n in integers])
+        forms |= {again: c, again.subset(index): c[index]}
+    with torch.no_grad():
+        for form, expected in forms.items():
+            assert (form.count, form.shape, form.dtype) == (len(expected), expected.shape[1:], c.dtype)
+            same(torch.stack([form.example(n).clone() for n in range(form.count)]), expected)
+            gradient, found = form.sums(["sum_of_squares", "squared_norms"])
+            same(gradient, expected.sum(0))
+            same(found["sum_of_squares"], expected.square().sum(0))
+            same(found["squared_norms"], expected.square().flatten(1).sum(1))
+
+
 @pytest.fixture(params=FORMS)
 def form(request):
     """A form, and the contributions (n, *shape) that it stands for."""
@@ -83,13 +184,13 @@ def test_reductions(form):
 @pytest.mark.parametrize("name", [name for name in FORMS if "products" not in name])
 def test_every_way_of_a_convolution(name, numbers, monkeypatch):
     """A few examples at a time, or all."""
-    monkeypatch.setattr("gradstats.rules.convolution_weight.BLOCK", numbers)
-    monkeypatch.setattr("gradstats.rules.convolution_weight.CACHED", 2 * numbers)
+    monkeypatch.setattr("gradstats.forms.convolution_weight.BLOCK", numbers)
+    monkeypatch.setattr("gradstats.forms.convolution_weight.CACHED", 2 * numbers)
     made, c = FORMS[name]()
     names = ["sum_of_squares", "squared_norms"]
-    ways = {"grouped": lambda: gathered(made.grouped(), names, made), "examples": made.ways(names)["examples"]}
+    ways = {"grouped": lambda: in_parts(made.grouped(), names, made), "examples": made.ways(names)["examples"]}
     if "groups" not in name:
-        ways["unfolded"] = lambda: gathered(made.unfolded(), names, made)
+        ways["unfolded"] = lambda: in_parts(made.unfolded(), names, made)
     with torch.no_grad():
         for way in ways.values():
             gradient, found = way()
@@ -155,13 +256,13 @@ def test_products_of_all_examples_are_never_at_hand(positions):
 
 @pytest.mark.parametrize("way", ["examples", "grouped", "unfolded"])
 def test_contributions_of_a_convolution_are_never_all_at_hand(way, monkeypatch):
-    monkeypatch.setattr("gradstats.rules.convolution_weight.BLOCK", 0)
+    monkeypatch.setattr("gradstats.forms.convolution_weight.BLOCK", 0)
     n, positions = 64, 8
     layer = nn.Conv1d(64, 128, 9, padding=4, bias=False)
     x, d, weight = torch.randn(n, 64, positions), torch.randn(n, 128, positions), layer.weight.detach()
     form = Convolution.backward(Convolution.options(layer), (x, weight), d, frozenset({"weight"}))[1]["weight"]
     names = ["sum_of_squares", "squared_norms"]
-    ways = {"grouped": lambda: gathered(form.grouped(), names, form)} | form.ways(names)
+    ways = {"grouped": lambda: in_parts(form.grouped(), names, form)} | form.ways(names)
     if way == "examples":
         ways[way] = lambda: Streamed.direct(form, names)
     with LargestAllocation() as largest:

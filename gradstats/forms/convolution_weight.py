@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradstats.blocks import BLOCK, CACHED, Contribution
 from gradstats.choice import fastest
-from gradstats.contribution import Dense, OuterSum, Streamed
-from gradstats.sums import wide
+from gradstats.contribution import BLOCK, CACHED, Contribution
+from gradstats.forms.dense import Dense
+from gradstats.forms.outer import OuterSum
+from gradstats.forms.streamed import Streamed
+from gradstats.sums import Reduction, wide
 
 aten = torch.ops.aten
 
 # With so many times fewer positions than the weight has rows, no other way was the fastest, with a kernel or without.
 SURELY_UNFOLDED = 16
-
-Found = tuple[Tensor, dict[str, Tensor]]  # the gradient and sums by name
 
 
 class Settings(NamedTuple):
@@ -93,21 +93,21 @@ class ConvolutionWeight(Streamed):
     def subset(self, index: Tensor) -> Contribution:
         return ConvolutionWeight(self.d[index], self.x[index], self.weight, self.settings)
 
-    def direct(self, names: Collection[str]) -> Found:
+    def direct(self, names: Collection[str]) -> Reduction:
         s, sizes = self.settings, (*self.shape, *self._operands[0].shape[2:])
         key = ("ConvolutionWeight", *sorted(names), self.device.type, self.dtype, *sizes, *s.stride, *s.dilation)
         return fastest((*key, s.groups, self.count.bit_length()), self.ways(names))
 
-    def ways(self, names: Collection[str]) -> dict[str, Callable[[], Found]]:
+    def ways(self, names: Collection[str]) -> dict[str, Callable[[], Reduction]]:
         """Those worth measuring, the likeliest one first."""
         rows, positions = self.shape[0], prod(self._operands[0].shape[2:])
-        ways: dict[str, Callable[[], Found]] = {}
+        ways: dict[str, Callable[[], Reduction]] = {}
         if 2 * self.weight.numel() <= CACHED:
-            ways["grouped"] = lambda: gathered(self.grouped(), names, self)
+            ways["grouped"] = lambda: in_parts(self.grouped(), names, self)
         ways["examples"] = partial(super().direct, names)
         # The windows of an example are positions/rows times as many numbers as the weight has.
         if self.settings.groups == 1 and positions <= rows:
-            unfolded = {"unfolded": lambda: gathered(self.unfolded(), names, self)}
+            unfolded = {"unfolded": lambda: in_parts(self.unfolded(), names, self)}
             if SURELY_UNFOLDED * positions <= rows:
                 return unfolded
             ways = unfolded | ways if 2 * positions <= rows else ways | unfolded
@@ -146,7 +146,7 @@ class ConvolutionWeight(Streamed):
             yield OuterSum(d.flatten(2).mT, u.view(-1, width, t).mT)
 
 
-def gathered(parts: Iterator[Contribution], names: Collection[str], whole: Contribution) -> Found:
+def in_parts(parts: Iterator[Contribution], names: Collection[str], whole: Contribution) -> Reduction:
     """The gradient and sums of `whole`, whose examples come in parts."""
     total: dict[str, Tensor] = {}
     norms: list[Tensor] = []
