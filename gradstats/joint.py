@@ -96,7 +96,7 @@ class Looked:
     def with_rows(self, looked_up: Rows) -> dict[str, Tensor]:
         """The sums after e has been added, at rows that are among `ids`."""
         e = looked_up.summed()  # (n, t', i)
-        place = torch.searchsorted(self.ids, looked_up.ids)
+        place = torch.searchsorted(self.ids, looked_up.ids.contiguous())
         h = self.h.gather(1, place.unsqueeze(2).expand_as(e))
         change = e * (2 * h + e)
         if "sum_of_squares" in self.sums:
