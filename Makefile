@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full lint clean
+.PHONY: setup demo results test test-full lint clean
 
 setup: .venv/.installed
 
@@ -18,6 +18,11 @@ setup: .venv/.installed
 # The headline experiment in its short form: a table, a figure, a report and W&B offline runs, within minutes.
 demo: setup
 	$(BIN)/python -m experiments.train experiment=demo
+
+# All studies in full, hours on two cores; what is finished is not run again. Then the documents that quote them.
+results: setup
+	$(BIN)/python -m experiments.results
+	$(BIN)/python -m experiments.list --markdown docs/experiments.md
 
 # Two workers: the suite is sized for two cores.
 test: setup lint

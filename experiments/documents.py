@@ -30,7 +30,7 @@ Cell = str | Number
 
 @dataclass(frozen=True)
 class Table:
-    """The first column holds what is compared; emphasised rows are ours."""
+    """The first column holds what is compared; emphasised rows are bold."""
 
     title: str
     explanation: str

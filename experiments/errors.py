@@ -70,6 +70,12 @@ def command_line(interrupted: str = "interrupted") -> Iterator[None]:
         raise SystemExit(130) from None
 
 
+def check_distinct(key: str, values: Sequence[object]) -> None:
+    """Raises UserError for a setting that lists nothing, or anything twice."""
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"{key}: {list(values)} must have one value or more, each of them once")
+
+
 def choose(table: Mapping[str, Choice], name: str, key: str) -> Choice:
     """The entry of a table that the configuration names; UserError if there is none."""
     if name not in table:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.documents import Cell, Table
+from experiments.estimate import Array
 from experiments.estimation_error import Error, coincide
-from experiments.grid import Array
 from gradstats.optim.moment import ESTIMATORS
 
 DRAWS = 1000

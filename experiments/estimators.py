@@ -30,16 +30,19 @@ from rich.console import Console
 
 from experiments import record
 from experiments.benchmarks.machine import machine
-from experiments.config import BatchInvariantAdamConfig, Config, compose_config, fingerprint
+from experiments.config import compose_config
 from experiments.data import load_data
 from experiments.documents import fill_document, markdown
 from experiments.errors import Diverged, command_line
 from experiments.estimation_error import Error, coincide, errors, population
 from experiments.estimator_verdict import Training, Verdict, judge, name_of, tables
+from experiments.fingerprint import fingerprint
 from experiments.grid import Grid, arrange
-from experiments.invariance import spread
+from experiments.invariance.analysis import spread
 from experiments.models import build_model
 from experiments.record import Record
+from experiments.schemas.optimizer import BatchInvariantAdamConfig
+from experiments.schemas.run import Config
 from experiments.train import train
 from gradstats.optim.moment import ESTIMATORS
 

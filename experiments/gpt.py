@@ -1,10 +1,11 @@
-"""A GPT as small as the benchmark wants it: pre-norm blocks, learned positions."""
+"""A GPT of any size: pre-norm blocks, learned positions."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Block(nn.Module):
@@ -27,10 +28,21 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (n, t) to logits (n, t, words). `tied`: the head's weight is the embedding's."""
+    """Tokens (n, t) to logits (n, t, words). `tied`: the head's weight is the embedding's. `checkpointed`: of a block
+    only its input is kept for the backward pass, which computes the rest again."""
 
-    def __init__(self, words: int, width: int, layers: int, heads: int, positions: int, tied: bool = False):
+    def __init__(
+        self,
+        words: int,
+        width: int,
+        layers: int,
+        heads: int,
+        positions: int,
+        tied: bool = False,
+        checkpointed: bool = False,
+    ):
         super().__init__()
+        self.checkpointed = checkpointed
         self.tokens, self.positions = nn.Embedding(words, width), nn.Embedding(positions, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=not tied)
@@ -40,4 +52,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         # (n, t) and not (1, t): Opacus, with which this is compared, would take all examples for one.
         positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens), 1)
-        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(positions))))
+        x = self.tokens(tokens) + self.positions(positions)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return self.head(self.norm(x))

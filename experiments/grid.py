@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.estimate import Array
 from experiments.record import Record
-
-Array = NDArray[np.float64]
 
 # The first checkpoints compare little but the common initial model, and would pull every score towards zero.
 BURN_IN = 0.05

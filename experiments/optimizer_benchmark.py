@@ -30,10 +30,11 @@ from torch.optim import AdamW, Optimizer
 
 from experiments.benchmarks.machine import machine, save
 from experiments.benchmarks.turns import alternate, ratio
-from experiments.config import CONF, OptimizerConfig, compose_config
+from experiments.config import CONF, compose_config
 from experiments.documents import Table, fill_document, markdown
 from experiments.gpt import GPT
 from experiments.optimizers import OURS, attach_statistics, build_optimizer, stepper
+from experiments.schemas.optimizer import OptimizerConfig
 from gradstats.optim.base import ExampleOptimizer
 
 BATCH = 16

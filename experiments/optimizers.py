@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import gradstats
-from experiments.config import (
+from experiments.errors import UserError, choose
+from experiments.schemas.optimizer import (
     AdamConfig,
     AdaScaleConfig,
     BatchInvariantAdamConfig,
@@ -23,18 +24,16 @@ from experiments.config import (
     BatchInvariantRMSpropConfig,
     BatchInvariantSGDConfig,
     BatchInvariantSignSGDConfig,
-    EngineConfig,
     MicrobatchAdamWConfig,
     OptimizerConfig,
     QuenchingSGDConfig,
     SaturatingAdamConfig,
     SaturatingSGDConfig,
     SGDConfig,
-    StatisticsDtype,
     VarianceAdaptedAdamConfig,
     VarianceAdaptedSGDConfig,
 )
-from experiments.errors import UserError, choose
+from experiments.schemas.run import EngineConfig, StatisticsDtype
 from gradstats import optim
 from gradstats.errors import GradstatsError
 from gradstats.optim.base import ExampleOptimizer
@@ -125,9 +124,10 @@ def build_optimizer(
                 # Fused is the fastest of torch's three forms, on the CPU as on a GPU.
                 return torch.optim.Adam(parameters, **asdict(scaled), fused=True)
             case SGDConfig():
-                return torch.optim.SGD(parameters, lr=config.lr * batch_size / config.batch_size, fused=True)
+                lr = config.lr * batch_size / config.batch_size
+                return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, fused=True)
             case _:
-                raise UserError(f"optimizer={config.name} has no schema_* of experiments/config.py in its defaults")
+                raise UserError(f"optimizer={config.name} has no schema_* of experiments/schemas/ in its defaults")
     except (ValueError, GradstatsError) as error:
         raise UserError(f"optimizer={config.name}: {error}") from error
 
@@ -146,6 +146,14 @@ def bounded(optimizer: ExampleOptimizer, max_norm: float | None) -> ExampleOptim
 def options(config: OptimizerConfig) -> dict[str, Any]:
     """What the optimizer's constructor is given."""
     return {key: value for key, value in asdict(config).items() if key not in ("name", "label")}
+
+
+def step_lr(optimizer: torch.optim.Optimizer, config: OptimizerConfig, lr: float, batch_size: int) -> float:
+    """What a step at the batch size of the run has for learning rate, where the optimizer's is `lr`."""
+    if not isinstance(optimizer, ExampleOptimizer):
+        return lr
+    group = optimizer.param_groups[0] | {"lr": lr}
+    return float(optimizer.values_at(group, batch_size).get("lr", lr * batch_size / config.batch_size))
 
 
 def read_statistics(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

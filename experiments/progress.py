@@ -1,7 +1,7 @@
 """How far training is: a bar for one run, and one line for many runs in many processes.
 
 The processes of many runs share a small file with one row a run, which each run overwrites and the parent reads a few
-times a second: nothing waits for anything.
+times a second: nothing waits for anything. Where the line goes into a file, it is written anew every minute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 # Called with examples seen, examples in all, and a loss.
 Notify = Callable[[int, int, float], None]
@@ -24,6 +26,7 @@ Notify = Callable[[int, int, float], None]
 # Columns of a row: examples seen, examples in all, training loss, time of writing.
 COLUMNS = 4
 SECONDS_BETWEEN_READS = 0.25
+SECONDS_BETWEEN_LINES = 60.0  # in a file
 
 
 def silent(examples_seen: int, total: int, loss: float) -> None:
@@ -52,6 +55,19 @@ def note(board: Path, run: int, examples: int, total: int, loss: float) -> None:
     row[:] = examples, total, loss, time.time()
 
 
+class Rest(TextColumn):
+    """Takes what the other columns leave of the line, and cuts its text there."""
+
+    def __init__(self, text_format: str) -> None:
+        # Of the columns of a grid, those that may wrap shrink first; the text then does not wrap.
+        super().__init__(text_format, table_column=Column(no_wrap=False))
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 @contextmanager
 def progress_line(names: Sequence[str], costs: Sequence[float], before: int, console: Console) -> Iterator[Path]:
     """Show the progress of runs with these names and relative costs, after a number of runs that were done before.
@@ -61,17 +77,23 @@ def progress_line(names: Sequence[str], costs: Sequence[float], before: int, con
     """
     columns = (
         BarColumn(bar_width=24),
-        *(TextColumn("{task.fields[" + field + "]}") for field in ("runs", "examples", "latest", "left")),
+        TextColumn("{task.fields[runs]}"),
+        TextColumn("{task.fields[left]}"),
+        Rest("{task.fields[latest]}"),
     )
     with TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
         path = Path(folder) / "board"
         board = np.memmap(path, np.float64, "w+", shape=(len(costs), COLUMNS))
-        task = progress.add_task("", total=sum(costs), runs="", examples="", latest="", left="")
+        task = progress.add_task("", total=sum(costs), runs="", latest="", left="")
         start, stopped = time.time(), threading.Event()
 
         def watch() -> None:
+            written = start
             while not stopped.wait(SECONDS_BETWEEN_READS):
                 show(np.array(board), names, np.array(costs), before, time.time() - start, progress, task)
+                if not console.is_terminal and time.time() - written > SECONDS_BETWEEN_LINES:
+                    written = time.time()
+                    console.print("{runs} {left} {latest}".format(**progress.tasks[0].fields), soft_wrap=True)
             show(np.array(board), names, np.array(costs), before, time.time() - start, progress, task)
 
         watcher = threading.Thread(target=watch)
@@ -96,11 +118,12 @@ def show(
     share = np.divide(examples, total, out=np.zeros_like(total), where=total > 0)
     done, latest = float(costs @ share), int(written.argmax())
     left = elapsed * (costs.sum() - done) / done if done else 0.0
+    # A measurement has no loss, and a run that diverged none that says anything.
+    lost = "" if np.isnan(loss[latest]) else f"loss {loss[latest]:.3f} "
     progress.update(
         task,
         completed=done,
         runs=f"{before + int((share == 1).sum())}/{before + len(costs)} runs",
-        examples=f"{int(examples.sum()):,} examples",
-        latest=f"{names[latest]} loss {loss[latest]:.3f}" if done else "",
+        latest=f"{lost}{names[latest]}" if done else "",
         left=f"{int(left // 60)}:{int(left % 60):02} left" if done else "",
     )

@@ -14,20 +14,21 @@ from rich.console import Console
 
 from experiments import report
 from experiments.atomic import atomic_write
+from experiments.description import Description
 from experiments.documents import fill, markdown
 from experiments.errors import UserError, command_line
-from experiments.report import Outcome
+from experiments.report import Shown
 
 README = Path("README.md")
 FIGURE = Path("docs/batch_size_invariance.png")
 
 
-def section(outcome: Outcome, description: report.Description) -> str:
+def section(outcome: Shown, description: Description) -> str:
     """Findings first, then the tables that they quote."""
     machine = ", ".join(f"{key} {value}" for key, value in description.environment.items())
     told = [f"- {f.bar}: **{f.verdict}**. {f.sentence}" if f.verdict else f"- {f.sentence}" for f in outcome.findings]
     parts = [
-        f"`{description.command}`, {len(description.runs)} runs; {machine}.",
+        f"`{description.command}`, {len(description.jobs)} runs; {machine}.",
         "\n".join(told),
         *map(markdown, outcome.tables[:3]),
     ]
@@ -40,7 +41,7 @@ def write(directory: Path) -> None:
         raise UserError(f"there is no {README} here: run this where it lies")
     text = fill(README.read_text(encoding="utf-8"), "results", "", README)  # markers first: the analysis takes a while
     outcome = report.remake(directory, Console(quiet=True))
-    text = fill(text, "results", section(outcome, report.Description.load(directory)), README)
+    text = fill(text, "results", section(outcome, Description.load(directory)), README)
     with atomic_write(README) as file:
         file.write(text.encode())
     FIGURE.parent.mkdir(exist_ok=True)

@@ -16,7 +16,8 @@ FILE = "record.json"
 
 @dataclass
 class Record:
-    """Losses are in nats per example, over the full training and test sets, in evaluation mode.
+    """Losses are in nats per target, over the full training and test sets, or over data.evaluated sequences of each, in
+    evaluation mode.
 
     lr is the one at the batch size of tuning, before any scaling rule; seconds is the time spent in training,
     evaluation included; fingerprint identifies everything in the configuration that decides the numbers.

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from experiments import checkpoint, record
-from experiments.config import Config, fingerprint, first_difference, identity
 from experiments.errors import UserError
+from experiments.fingerprint import fingerprint, first_difference, identity
 from experiments.record import Record
+from experiments.schemas.run import Config
 
 
 def previous_run(config: Config, directory: Path) -> Record | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from experiments.errors import UserError
@@ -38,19 +40,27 @@ class Sampler:
             self.position += self.batch_size
             yield indices
 
-    def stream(self, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def stream(self, start: int, stop: int) -> NDArray[np.int64]:
         """Indices of the examples from start to stop in the stream, (stop - start,)."""
-        first, last = start // self.examples, (stop - 1) // self.examples
-        permutations = [
-            np.random.default_rng([self.seed, epoch]).permutation(self.examples) for epoch in range(first, last + 1)
-        ]
-        return np.concatenate(permutations)[start - first * self.examples : stop - first * self.examples]
+        return by_epoch(lambda epoch: permutation(self.seed, epoch, self.examples), self.examples, start, stop)
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+def by_epoch(draw: Callable[[int], NDArray[np.int64]], examples: int, start: int, stop: int) -> NDArray[np.int64]:
+    """What is drawn for the examples from start to stop of the stream, where draw(epoch) is for all of an epoch's."""
+    epochs = range(start // examples, (stop - 1) // examples + 1)
+    return np.concatenate([draw(n)[max(0, start - n * examples) : stop - n * examples] for n in epochs])
+
+
+# One is asked for many times an epoch, and takes a second where there are ten million examples; a batch may need two.
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, examples: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 class Draws:

@@ -6,8 +6,8 @@ from math import floor
 
 import numpy as np
 
-from experiments.config import Decay
 from experiments.errors import UserError
+from experiments.schemas.run import Decay
 from gradstats.optim import Constant, Cosine, Linear, Schedule, Warmup
 
 

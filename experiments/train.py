@@ -24,21 +24,25 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from experiments import checkpoint, record
-from experiments.config import CONF, NOT_IN_FINGERPRINT, Config, Device, as_config, check_ranges, is_lasting
-from experiments.data import Split, load_data
+from experiments.config import CONF, as_config, check_ranges, is_lasting
+from experiments.data import Split, batches, load_data
 from experiments.errors import Diverged, UserError, as_user_errors, command_line
+from experiments.fingerprint import NOT_IN_FINGERPRINT
+from experiments.hardest import show_hardest
+from experiments.history import History
 from experiments.measurements import Measurements
 from experiments.models import build_model
-from experiments.optimizers import attach_statistics, build_optimizer, stepper
+from experiments.optimizers import attach_statistics, build_optimizer, step_lr, stepper
 from experiments.progress import Notify, progress_bar, silent
 from experiments.record import Record
 from experiments.resume import previous_run, restore, save
 from experiments.sampler import Draws, Sampler
 from experiments.schedule import budget, evaluation_counts, every, learning_rate_schedule
-from experiments.tracker import Value, how_to_look, open_tracker
+from experiments.schemas.run import Config, Device
+from experiments.tracker import Value, how_to_look, open_tracker, summarized
 from gradstats.optim.base import ExampleOptimizer
 
-EVALUATION_BATCH = 4096
+EVALUATION_TARGETS = 4096  # at once: sequences are as many examples fewer as they are long
 LONGEST_TAG = 64  # W&B refuses longer ones
 
 
@@ -59,7 +63,6 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
     directory.mkdir(parents=True, exist_ok=True)
     device = prepare(config)
     data = load_data(config.data, device)
-    x_train, y_train = data.train.x, data.train.y
 
     B = config.train.batch_size
     sampler = Sampler(len(data.train), B, config.seed, device)
@@ -70,7 +73,7 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
     stops = sorted({*evaluations, *checkpoints, *every(config.train.log_every_examples, B, total)})
 
     torch.manual_seed(config.seed)
-    model = build_model(config.model, data.shape, data.classes).to(device)
+    model = build_model(config.model, data.shape, data.classes, data.discrete).to(device)
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, config.optimizer, B, config.train.max_norm)
     detail = ("second_moment", "norms") if config.tracker.detail else ()
@@ -87,21 +90,27 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
 
     parts = {"model": model, "optimizer": optimizer, "sampler": sampler, "draws": draws, "measurements": measurements}
     result, run_id = restore(config, directory, parts, device)
+    if config.hardware.compile and statistics is not None:
+        # Before anything is compiled: torch is to meet the layers as the probe leaves them.
+        statistics.probe(data.train.take(torch.arange(B, device=data.train.x.device))[0].to(device))
     if sampler.position > 0:
         stops = [stop for stop in stops if stop > sampler.position]
 
-    with open_tracker(config, directory, run_id) as tracker:
+    with (
+        open_tracker(config, directory, run_id) as tracker,
+        summarized(tracker, result, lambda: step_lr(optimizer, config.optimizer, peak_lr, B)),
+        History(config, directory, device, sampler.position) as history,
+    ):
         started = time.perf_counter() - result.seconds
         for stop in stops:
             start, clock = sampler.position, time.perf_counter()
             losses: list[Tensor] = []  # on the device, which is not waited for before the stop
             values: dict[str, Value] = {}
-            for indices in sampler.until(stop):
-                x, y = x_train.index_select(0, indices), y_train.index_select(0, indices)
+            for x, y in batches(data, sampler, stop):
                 for p in parameters:
                     p.grad = None
                 with precision:
-                    loss = F.cross_entropy(forward(x), y)
+                    loss = F.cross_entropy(forward(x).flatten(0, -2), y.flatten())
                 loss.backward()
                 losses.append(loss.detach())
                 if sampler.position == stop:
@@ -119,7 +128,7 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
                 values |= {"loss/batch": latest, "speed/examples_per_second": speed}
                 values["optimizer/lr"] = optimizer.param_groups[0]["lr"]
             if stop in evaluations:
-                train_loss, train_accuracy = evaluate(model, data.train, precision)
+                train_loss, train_accuracy = evaluate(model, data.evaluated, precision)
                 test_loss, test_accuracy = evaluate(model, data.test, precision)
                 values |= {"loss/train": train_loss, "loss/test": test_loss}
                 values |= {"accuracy/train": train_accuracy, "accuracy/test": test_accuracy}
@@ -135,12 +144,18 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
                 result.test_loss.append(test_loss)
                 result.test_accuracy.append(test_accuracy)
             tracker.log(stop, values)
+            history.log(stop, values)
             notify(stop, total, latest)
             if stop in checkpoints:
+                history.flush()
                 save(config, directory, parts, device, result, tracker.run_id)
 
-    result.status = "finished"
-    result.save(directory / record.FILE)
+        result.status = "finished"
+        result.save(directory / record.FILE)
+        if config.tracker.detail and config.tracker.name != "none":
+            if statistics is not None:
+                statistics.detach()
+            show_hardest(model, data, tracker)
     return result
 
 
@@ -159,16 +174,19 @@ def prepare(config: Config) -> torch.device:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, precision: AbstractContextManager[Any]) -> tuple[float, float]:
-    """Mean loss, in nats, and accuracy over all examples."""
+    """Mean loss, in nats, and accuracy over the targets of all examples."""
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=split.x.device)
-    for x, y in zip(split.x.split(EVALUATION_BATCH), split.y.split(EVALUATION_BATCH), strict=True):
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    size = max(1, EVALUATION_TARGETS * len(split) // split.y.numel())
+    for x, y in zip(split.x.split(size), split.y.split(size), strict=True):
+        targets = y.to(device).flatten()
         with precision:
-            logits = model(x)
-        loss = F.cross_entropy(logits.float(), y, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == y).sum()])
+            logits = model(x.to(device)).flatten(0, -2).float()  # (targets, classes)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        sums += torch.stack([loss, (logits.argmax(1) == targets).sum()])
     model.train()
-    loss, accuracy = (sums / len(split)).tolist()
+    loss, accuracy = (sums / split.y.numel()).tolist()
     return loss, accuracy
 
 
@@ -194,6 +212,7 @@ def run(config: Config, directory: Path, shown: bool) -> None:
         f"{result.label}, B = {result.batch_size}: {result.examples[-1]:,} examples in {result.seconds:.1f} s, "
         f"training loss {result.train_loss[-1]:.4f}, test loss {result.test_loss[-1]:.4f}, "
         f"test accuracy {result.test_accuracy[-1]:.1%}\nwritten to {directory}"
+        f"\na page to look at: python -m experiments.report {directory}"
     )
     if (hint := how_to_look(directory)) is not None:
         print(hint)
@@ -238,9 +257,13 @@ def main(composed: DictConfig) -> None:
         if multirun:
             config = in_sweep(config, sweep, job.overrides.task)
         if config.study is not None:
-            from experiments.study import run_study  # which trains, and so imports this module
+            from experiments.launch import run_study  # which trains, and so imports this module
 
             run_study(config, directory)
+        elif config.search is not None:
+            from experiments.search import run_search  # which trains too
+
+            run_search(config, directory, job.overrides.task)
         else:
             run(config, directory, shown=not multirun)
 

@@ -36,9 +36,14 @@ ELSEWHERE = {
     "source .venv/bin/activate": "of the shell that types it; the clone test makes that environment",
     "make demo": "test_make_demo_in_an_empty_clone",
     "make test": "is what runs the tests",
+    "make results": "takes hours",
+    "python -m experiments.results --collect": "writes files of the project",
     "python -m experiments.train experiment=demo": "what make demo runs",
     "wandb leet outputs/mine/wandb": "fills a terminal until it is left: its headless form is below",
     "wandb sync outputs/mine/wandb/offline-run-*": "needs an account",
+    "python -m experiments.workspace --entity ENTITY --project PROJECT": "needs an account",
+    "python -m experiments.train -m experiment=digits seed=0,1 directory=outputs/sweep resume=true "
+    "hydra/launcher=slurm hydra.launcher.partition=NAME": "needs a cluster: see test_cluster.py",
 }
 # Appended to a command that would take too long as it stands.
 SHORTENED = {
@@ -47,6 +52,18 @@ SHORTENED = {
     "python -m experiments.optimizer_benchmark": ["--parameters", "1e4", "--shapes", "mlp", "--steps", "2"],
     "python -m experiments.sampled": ["--epochs", "0.1", "--seeds", "0"],
     "python -m experiments.estimators": ["--epochs", "1", "--batch-sizes", "16", "64", "--seeds", "0"],
+    "python -m experiments.search experiment=search_digits": ["search.trials=2", "train.epochs=1", "search.seeds=[0]"],
+    "python -m experiments.search experiment=digits search=learning_rate optimizer=adam directory=outputs/adam": [
+        "search.trials=2",
+        "train.epochs=1",
+        "train.warmup_examples=0",
+    ],
+    "python -m experiments.tune experiment=digits": [
+        *("train.epochs=2", "train.warmup_examples=256", "tune.seeds=[0,1]", "tune.factor=4", "tracker=none"),
+    ],
+    "python -m experiments.train experiment=short/one_dimensional": [
+        *("study.repetitions=100", "study.steps=64", "study.seeds=[0,1]"),
+    ],
     "python -m experiments.train experiment=batch_size_invariance": [
         "train.epochs=1",
         "train.warmup_examples=256",

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from experiments.benchmarks.contestants import is_ours
 from experiments.benchmarks.report import Run
 from experiments.benchmarks.workloads import WORKLOADS
-from experiments.figure import LIGHT
+from experiments.themes import LIGHT
 
 COLUMNS = 4
 # A colour for each library, of Okabe and Ito's palette; a marker for each statistic.

@@ -57,7 +57,7 @@ def draw(run: Run, path: Path) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from experiments.benchmarks import plot
-    from experiments.figure import image
+    from experiments.themes import image
 
     with atomic_write(path) as file:
         file.write(image(plot.draw(run), "png"))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import Config, compose_config
+from experiments.config import compose_config
+from experiments.schemas.run import Config
 from experiments.train import main
 
 # 2,816 examples: two epochs, so that a batch crosses the end of an epoch.

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.invariance import Comparison
+from experiments.description import Description, Place, environment
+from experiments.invariance.analysis import Comparison
+from experiments.laboratory.schemas import BatchSizeInvarianceConfig
 from experiments.record import FILE, Record
-from experiments.report import Description, environment
 
 BATCH_SIZES = (1, 4, 16, 64, 256)
 EXAMPLES = [0, *np.unique(np.geomspace(1, 128, 20).astype(int) * 256).tolist()]
@@ -62,15 +63,27 @@ def study(*, seeds: int = 3, batch_sizes: tuple[int, ...] = BATCH_SIZES) -> list
 
 def write(directory: Path, records: list[Record]) -> Path:
     """The directory of a study as it is when all runs are done, before the report is made."""
-    runs = []
+    jobs = []
     for i, result in enumerate(records):
-        runs.append(f"runs/{i}")
-        (directory / runs[-1]).mkdir(parents=True)
-        result.save(directory / runs[-1] / FILE)
-    compared = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(COMPARISON).items()}
+        jobs.append(Place(f"runs/{i}", {"method": result.method, "seed": result.seed}))
+        (directory / jobs[-1].directory).mkdir(parents=True)
+        result.save(directory / jobs[-1].directory / FILE)
+    methods = list(dict.fromkeys(result.method for result in records))
+    settings = BatchSizeInvarianceConfig(
+        name="batch_size_invariance",
+        note="A short version.",
+        seeds=sorted({result.seed for result in records}),
+        ours=list(COMPARISON.ours),
+        baselines=[method for method in methods if method not in COMPARISON.ours],
+        reference=COMPARISON.reference,
+        tuning_batch_size=COMPARISON.tuning_batch_size,
+        lr_multipliers=[1.0],
+        batch_sizes=list(BATCH_SIZES),
+        score_batch_sizes=list(COMPARISON.score_batch_sizes),
+    )
     Description(
-        config={"name": "synthetic", "study": {"note": "A short version.", **compared}},
-        runs=runs,
+        config={"name": "synthetic", "study": asdict(settings)},
+        jobs=jobs,
         command="python -m experiments.train experiment=demo 'name=a b'",
         environment=environment(threads=1),
     ).save(directory)

@@ -3,43 +3,65 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from experiments.config import (
-    CONF,
-    Device,
-    as_dict,
-    check_ranges,
-    compose_config,
-    fingerprint,
-    first_difference,
-    identity,
-)
+from experiments import laboratory
+from experiments.config import CONF, check_ranges, compose_config
 from experiments.data import load_data
 from experiments.errors import UserError
+from experiments.fingerprint import as_dict, fingerprint, first_difference, identity
 from experiments.models import build_model
 from experiments.optimizers import attach_statistics, build_optimizer
-from experiments.study import read_study
+from experiments.schemas.run import Device
 from experiments.tracker import TRACKERS
 
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
 
 
+# What a file needs to be built.
+IMAGES = ["data.path=images.npz", "model=convnet"]
+TOKENS = ["data.path=tokens.bin", "data.context=8"]
+MORE = {
+    "data/cifar10": IMAGES,
+    "data/fashion_mnist": IMAGES,
+    "data/mnist": IMAGES,
+    "data/npz": ["data.path=own.npz"],
+    "data/text": ["data.path=own.txt", "model=gpt"],
+    "data/tokens": [*TOKENS, "model=gpt"],
+    "data/topics": ["model=gpt"],
+    "experiment/gpu_gpt2": [*TOKENS, "data.words=2000", "model.layers=1", "model.width=48"],
+    "experiment/gpu_resnet_cifar": ["data.path=images.npz"],
+    "model/gpt": ["data=topics"],
+}
+
+
+@pytest.fixture
+def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("own.npz", x=np.eye(20), y=np.arange(20) % 2)
+    Path("own.txt").write_text("a text" * 100)
+    np.arange(2000, dtype=np.uint16).tofile("tokens.bin")
+    x, y = np.random.default_rng(0).normal(size=(20, 8, 8, 3)), np.arange(20) % 10
+    np.savez("images.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+
+
+@pytest.mark.usefixtures("own_files")
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_every_file_composes_and_can_be_built(file: Path) -> None:
-    own_data = ["data.path=own.npz"] if file.parts == ("data", "npz") else []
-    config = compose_config([f"{file.parent}={file.name}", *own_data])
+    config = compose_config([f"{file.parent}={file.name}", *MORE.get(file.as_posix(), [])])
     check_ranges(config)
-    data = load_data(compose_config([]).data if own_data else config.data, torch.device("cpu"))
-    model = build_model(config.model, data.shape, data.classes)
+    data = load_data(config.data, torch.device("cpu"))
+    model = build_model(config.model, data.shape, data.classes, data.discrete)
     optimizer = build_optimizer(model.parameters(), config.optimizer, config.train.batch_size, config.train.max_norm)
     attach_statistics(model, optimizer, config.optimizer, engine=config.engine)
     assert config.tracker.name in TRACKERS
     if config.study is not None:
-        read_study(config)
+        laboratory.load(config.study)
 
 
 def test_the_defaults_are_a_run_of_the_digits() -> None:
@@ -66,6 +88,23 @@ def test_fingerprint_is_of_what_decides_the_numbers() -> None:
     assert all(fingerprint(compose_config([change])) == fingerprint(base) for change in same)
     others = ["seed=1", "optimizer=adam", "train.batch_size=64", "hardware.threads=2", "data.split_seed=1"]
     assert len({fingerprint(compose_config([change])) for change in [*others, "seed=0"]}) == len(others) + 1
+
+
+def test_fingerprint_is_of_what_the_files_of_the_data_hold(tmp_path: Path) -> None:
+    file = tmp_path / "mine.npz"
+    config = compose_config(["data=npz", f"data.path={file}"])
+    found = []
+    for words in (b"one", b"two", b"one"):
+        file.write_bytes(words)
+        os.utime(file, ns=(len(found), len(found)))
+        found.append(identity(config))
+    assert found[0] == found[2] != found[1]
+    assert str(first_difference(found[0], found[1])).startswith("data.content was ")
+    folder = compose_config(["data=mnist", f"data.path={tmp_path}"])
+    before = fingerprint(folder)
+    (tmp_path / "more").write_bytes(b"three")
+    assert fingerprint(folder) != before
+    assert "content" not in identity(compose_config(["data=npz", "data.path=nowhere.npz"]))["data"]
 
 
 def test_first_difference_is_in_dotted_form() -> None:

@@ -76,7 +76,7 @@ def test_optimizer_without_statistics(launch: Callable, monkeypatch: pytest.Monk
 
 def test_model_that_cannot_be_covered(launch: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.BatchNorm1d(10))
-    monkeypatch.setattr(train, "build_model", lambda config, shape, classes: model)
+    monkeypatch.setattr(train, "build_model", lambda *arguments: model)
     outcome = launch()
     assert outcome.code == 2 and "error: gradstats:" in outcome.err and "BatchNorm" in outcome.err
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from experiments.config import CONF, OPTIMIZERS, AdamConfig, OptimizerConfig, SGDConfig, compose_config
+from experiments.config import CONF, compose_config
 from experiments.errors import UserError
 from experiments.optimizers import (
     OURS,
@@ -24,8 +24,10 @@ from experiments.optimizers import (
     options,
     read_statistics,
     square_root,
+    step_lr,
     stepper,
 )
+from experiments.schemas.optimizer import OPTIMIZERS, AdamConfig, OptimizerConfig, SGDConfig
 from gradstats.optim import BatchInvariantAdam
 from gradstats.optim.base import ExampleOptimizer
 
@@ -129,6 +131,11 @@ def test_every_method_takes_two_steps(name: str, batch_size: int) -> None:
         assert optimizer.examples == 2 * batch_size // microbatch
 
 
+def test_torchs_momentum_is_scaled_in_its_lr_alone() -> None:
+    (group,) = build_optimizer([torch.zeros(2, requires_grad=True)], tuned("sgd_momentum"), 64, None).param_groups
+    assert (group["lr"], group["momentum"]) == (pytest.approx(4 * 2.5e-2), 0.9)
+
+
 def test_ours_differ_in_what_they_are_built_with() -> None:
     """No file of conf/optimizer is another one under a new name."""
     ours = [config for config in map(tuned, NAMES) if type(config) in OURS]
@@ -156,3 +163,26 @@ def test_a_bound_that_nothing_has_a_norm_for_is_refused() -> None:
     config = compose_config(["optimizer=batch_invariant_lion"]).optimizer
     with pytest.raises(UserError, match=r"optimizer=batch_invariant_lion: .*train.max_norm=null"):
         build_optimizer([torch.zeros(2, requires_grad=True)], config, 16, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("adam", 0.008),
+        ("adam_linear", 0.032),
+        ("sgd_linear", None),
+        ("batch_invariant_adam", 0.032),
+        ("adascale", None),
+    ],
+)
+def test_the_lr_of_a_step_is_that_at_the_runs_batch_size(method: str, expected: float | None) -> None:
+    """Four times the batch size of tuning; AdaScale's is by its gain, which is 1 to 4."""
+    config = compose_config([f"optimizer={method}"]).optimizer
+    optimizer = build_optimizer([nn.Parameter(torch.zeros(2))], config, 4 * config.batch_size, None)
+    lr = optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = 0.0  # as a schedule leaves it
+    found = step_lr(optimizer, config, lr, 4 * config.batch_size)
+    if method == "adascale":
+        assert config.lr <= found <= 4 * config.lr
+    else:
+        assert found == pytest.approx(expected or 4 * config.lr)

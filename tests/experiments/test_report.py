@@ -1,8 +1,7 @@
 import io
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,34 +11,11 @@ from rich.console import Console
 
 from experiments import record, report
 from experiments.errors import UserError
-from experiments.findings import Estimate
+from experiments.estimate import Estimate
+from tests.experiments.browser import Browser, Scheme
+from tests.experiments.pages.markup import Markup
+from tests.experiments.pages.synthetic import write_run, write_sweep
 from tests.experiments.synthetic import study, write
-
-VOID = {"meta", "link", "source", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects what a reader gets."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def attributes(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +27,24 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcome(directory: Path) -> report.Outcome:
+def outcome(directory: Path) -> report.Shown:
     return report.remake(directory, Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
-def page(directory: Path, outcome: report.Outcome) -> Page:
-    page = Page()
-    page.feed((directory / "report.html").read_text(encoding="utf-8"))
-    return page
+def page(directory: Path, outcome: report.Shown) -> Markup:
+    return Markup((directory / report.FILE).read_text(encoding="utf-8"))
 
 
-def test_the_page_nests_and_closes(page: Page):
-    assert page.open == []
-
-
-def test_nothing_comes_from_outside_the_file(page: Page):
+def test_nothing_comes_from_outside_the_file(page: Markup):
     for tag, attributes in page.tags:
         for name in ("src", "srcset", "href"):
             if (value := attributes.get(name)) is not None:
                 assert value.startswith(("data:", "#")), f"{tag} {name}={value[:40]}"
-        assert tag not in {"script", "iframe", "object"}
+        assert tag not in {"script", "iframe", "object"}  # nothing on it needs one
 
 
-def test_every_number_of_every_table_is_there(page: Page, outcome: report.Outcome):
+def test_every_number_of_every_table_is_there(page: Markup, outcome: report.Shown):
     text = " ".join(page.words)
     for table in outcome.tables:
         assert table.title in text
@@ -84,7 +54,7 @@ def test_every_number_of_every_table_is_there(page: Page, outcome: report.Outcom
     assert len(page.attributes("table")) == len(outcome.tables) + 1
 
 
-def test_findings_configuration_versions_and_command_are_there(page: Page, outcome: report.Outcome):
+def test_findings_configuration_versions_and_command_are_there(page: Markup, outcome: report.Shown):
     text = "".join(page.words)
     for finding in outcome.findings:
         assert finding.sentence in text
@@ -92,14 +62,14 @@ def test_findings_configuration_versions_and_command_are_there(page: Page, outco
         assert expected in text
 
 
-def test_a_figure_for_each_colour_scheme_with_words_for_those_who_do_not_see_it(page: Page):
+def test_a_figure_for_each_colour_scheme_with_words_for_those_who_do_not_see_it(page: Markup):
     (source,), (image,) = page.attributes("source"), page.attributes("img")
     assert source["media"] == "(prefers-color-scheme: dark)"
     assert source["srcset"] != image["src"]
     assert "score" in (image["alt"] or "")
 
 
-def test_landmarks_headings_and_regions_that_scroll_can_be_reached(page: Page):
+def test_landmarks_headings_and_regions_that_scroll_can_be_reached(page: Markup):
     for landmark in ("header", "main", "footer", "h1"):
         assert len(page.attributes(landmark)) == 1
     scrolling = [attributes for attributes in page.attributes("div") if "scroll" in (attributes.get("class") or "")]
@@ -108,13 +78,13 @@ def test_landmarks_headings_and_regions_that_scroll_can_be_reached(page: Page):
     assert all(after <= before + 1 for before, after in pairwise(levels))
 
 
-def test_making_it_again_changes_nothing(directory: Path, outcome: report.Outcome):
+def test_making_it_again_changes_nothing(directory: Path, outcome: report.Shown):
     before = (directory / "report.html").read_bytes()
     report.remake(directory, Console(quiet=True))
     assert (directory / "report.html").read_bytes() == before
 
 
-def test_the_figure_lies_beside_it(directory: Path, outcome: report.Outcome):
+def test_the_figure_lies_beside_it(directory: Path, outcome: report.Shown):
     assert outcome.figure.exists() and (directory / "figure.svg").exists()
 
 
@@ -145,33 +115,69 @@ def test_wrong_arguments_end_with_one_line(arguments: list[str], monkeypatch, ca
     with pytest.raises(SystemExit) as end:
         report.main()
     (line,) = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and line.startswith("error: ") and "the directory of a study" in line
+    assert end.value.code == 2 and line.startswith("error: ") and "name" in line and "of a run" in line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "background"), [(1, (255, 255, 255)), (0, (0x15, 0x19, 0x1E))])
-def test_in_a_browser(directory: Path, outcome: report.Outcome, tmp_path: Path, scheme: int, background):
-    """In both colour schemes page and figure have its background."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium on the PATH")
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.mark.parametrize(("scheme", "background"), [("light", (255, 255, 255)), ("dark", (0x15, 0x19, 0x1E))])
+@pytest.mark.parametrize("width", [360, 1000])
+def test_in_a_browser(
+    browser: Browser, directory: Path, outcome: report.Shown, tmp_path: Path, width: int, scheme: Scheme, background
+):
+    """In both colour schemes page and figure have its background, and only what is meant to scroll is wider."""
     picture = tmp_path / "page.png"
-    command = [
-        chromium,
-        *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
-        *(
-            "--disable-component-update",
-            "--disable-sync",
-            "--hide-scrollbars",
-            f"--user-data-dir={tmp_path / 'profile'}",
-        ),
-        *(f"--blink-settings=preferredColorScheme={scheme}", "--window-size=1000,1200", f"--screenshot={picture}"),
-        (directory / "report.html").as_uri(),
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    browser.open(directory / report.FILE, width=width, scheme=scheme, height=1200)
+    browser.screenshot(picture)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.complaints == []
     with Image.open(picture) as image:
         pixels = image.convert("RGB")
         colours = {colour: count for count, colour in pixels.getcolors(maxcolors=2**24)}
     assert pixels.getpixel((0, 0)) == background
     assert max(colours, key=colours.__getitem__) == background
     assert len(colours) > 500  # the lines of the figure, in their colours
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["report", *map(str, arguments)])
+    report.main()
+
+
+def words(path: Path) -> str:
+    return Markup(path.read_text(encoding="utf-8")).text
+
+
+def test_a_study_has_its_own_page_and_its_runs_have_theirs(directory: Path, tmp_path: Path, monkeypatch, capsys):
+    run(monkeypatch, directory, "-o", tmp_path / "study.html")
+    assert "Tested:" in words(tmp_path / "study.html")
+    copy = shutil.copytree(directory / "runs", tmp_path / "runs")
+    for other in list(copy.iterdir())[20:]:
+        shutil.rmtree(other)
+    run(monkeypatch, copy)
+    assert "20 runs: 20 finished." in words(copy / report.FILE)
+    assert f"report: {copy / report.FILE}" in capsys.readouterr().out
+
+
+def test_several_directories_have_a_page_beside_them(tmp_path: Path, monkeypatch, capsys):
+    paths = [write_run(tmp_path / "here" / name, seed=i) for i, name in enumerate("ab")]
+    run(monkeypatch, *paths)
+    assert "2 runs: 2 finished." in words(tmp_path / "here" / report.FILE)
+    assert "1 group" not in capsys.readouterr().out
+    # Not in the one that the other lies in, whose own page that would be.
+    run(monkeypatch, tmp_path / "here", paths[0])
+    assert words(tmp_path / report.FILE).startswith("here, a")
+    run(monkeypatch, *paths, "-o", tmp_path / "new" / "page.html")
+    assert (tmp_path / "new" / "page.html").exists()
+
+
+def test_the_terminal_shows_where_runs_ended(tmp_path: Path):
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.of_runs([write_sweep(tmp_path / "sweep", seeds=[0, 1])], console)
+    text = console.export_text()
+    assert "Adam, <fixed> · B = 16 · lr = 0.01" in text and "loss" in text
+    assert "The lowest final training loss is lower" in text

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from experiments import checkpoint, record
-from experiments.config import Config
 from experiments.errors import UserError
 from experiments.record import Record
+from experiments.schemas.run import Config
 from experiments.train import train
 from tests.experiments.runs import METHODS, numbers, parameters
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.config import Decay
 from experiments.errors import UserError
 from experiments.schedule import budget, evaluation_counts, every, learning_rate_schedule
+from experiments.schemas.run import Decay
 
 TOTAL = 4096
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from experiments.config import Config, compose_config
-from experiments.tracker import Histogram, how_to_look, open_tracker
+from experiments.config import compose_config
+from experiments.record import Record
+from experiments.schemas.run import Config
+from experiments.tracker import Histogram, Picture, how_to_look, open_tracker, summarized
 
 
 def inspect(run: Path, *options: str) -> str:
@@ -55,6 +60,50 @@ def test_a_tracked_run_can_be_read_back(tmp_path: Path) -> None:
     records = [json.loads(line) for line in inspect(run).splitlines()]
     metrics = [record["metric"] for record in records if record["type"] == "metric"]
     assert {"glob_name": "*", "step_metric": "examples_seen"}.items() <= metrics[1].items()
+
+
+def test_the_summary_has_the_better_extreme_and_the_whole_record(tmp_path: Path) -> None:
+    """The record's first half is of the run before it was resumed, whose minimum W&B has not seen."""
+    result = Record(
+        "adam", "Adam", 0.1, 16, 0, "f", "running", [0, 8, 16], [2.0, 0.25, 0.75], [2.5, 1, 1.5], [0, 0.5, 0.25]
+    )
+    with open_tracker(config(), tmp_path) as tracker, suppress(KeyError), summarized(tracker, result, lambda: 0.2):
+        tracker.log(12, {"loss/train": 0.5, "accuracy/test": 0.375, "loss/batch": 0.125})
+        tracker.log(16, {"loss/train": 0.75, "accuracy/test": 0.25, "loss/batch": 0.625})
+        result.status, result.seconds = "diverged", 3.5
+        raise KeyError
+    (run,) = runs(tmp_path)
+    summary = json.loads(inspect(run, "--summary"))["summary"]
+    assert {name: value for name, value in summary.items() if not name.startswith("_")} == {
+        "examples_seen": 16,
+        "loss/train": {"min": 0.5, "last": 0.75},
+        "accuracy/test": {"max": 0.375, "last": 0.25},
+        "loss/batch": 0.625,
+        "status": "diverged",
+        "seconds": 3.5,
+        "step_lr": 0.2,
+        "examples": 16,
+        "final/loss/train": 0.75,
+        "final/loss/test": 1.5,
+        "final/accuracy/test": 0.25,
+        "best/loss/train": 0.25,
+        "best/loss/test": 1,
+        "best/accuracy/test": 0.5,
+    }
+
+
+def test_a_table_holds_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "WANDB_DATA_DIR", str(tmp_path / "data")
+    )  # where offline pictures of tables wait for `wandb sync`
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    with open_tracker(config(), tmp_path) as tracker:
+        tracker.table("hardest", ["rank", "picture"], [[1, Picture(pixels)]])
+    (run,) = runs(tmp_path)
+    records = [json.loads(line) for line in inspect(run).splitlines()]
+    (artifact,) = (record["artifact"] for record in records if record["type"] == "artifact")
+    (image,) = (entry for entry in artifact["manifest"]["contents"] if entry["path"].endswith(".png"))
+    assert np.array_equal(np.asarray(Image.open(image["local_path"])), pixels)
 
 
 def test_a_run_that_raises_is_marked_and_can_be_continued(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pickle
 import re
 import subprocess
@@ -19,21 +20,18 @@ from torch.overrides import TorchFunctionMode
 
 from experiments import checkpoint, record
 from experiments import train as train_module
-from experiments.config import Config
+from experiments.data import load_data
 from experiments.errors import Diverged
 from experiments.record import Record
 from experiments.sampler import Sampler
+from experiments.schemas.run import Config
 from experiments.train import train
-from tests.experiments.runs import METHODS, numbers, parameters
+from tests.experiments.runs import COMPILES, METHODS, numbers, parameters
 
 Compose = Callable[..., Config]
 
 CPU = torch.device("cpu")
 CROSS_ENTROPY = F.cross_entropy
-# torch's compiler warns of torch's own past, and of its own looking at .grad where it breaks a graph.
-COMPILES = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
-)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -98,6 +96,20 @@ def test_other_models_and_bfloat16_learn(options: list[str], short: Compose, tmp
     assert result.train_loss[-1] < 0.5 * result.train_loss[0]
 
 
+@pytest.mark.parametrize("method", ["adam", "batch_invariant_adam"])
+def test_a_gpt_learns_more_of_text_than_how_often_a_character_occurs(
+    method: str, short: Compose, tmp_path: Path
+) -> None:
+    options = ["data=topics", "model=gpt", "data.limit=1280", "data.evaluated=64", "train.epochs=4"]
+    config = short(*options, f"optimizer={method}", "optimizer.lr=0.002", "train.batch_size=32")
+    result, data = train(config, tmp_path), load_data(config.data, CPU)
+    frequencies = data.train.y.flatten().bincount(minlength=data.classes) / data.train.y.numel()
+    entropy = torch.special.entr(frequencies).sum().item()
+    assert result.train_loss[0] == pytest.approx(math.log(data.classes), abs=0.05)
+    assert max(result.train_loss[-1], result.test_loss[-1]) < 0.95 * entropy
+    assert result.test_accuracy[-1] > frequencies.max().item()
+
+
 # Opacus hooks a first layer whose input has no gradient, which is what torch warns of.
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("engine", ["vmap", "opacus"])
@@ -138,7 +150,8 @@ def test_default_charts_and_detail(short: Compose, tmp_path: Path) -> None:
     assert default[-1]["optimizer/lr"] == 0.008
 
     train(short(*options, "tracker.detail=true", "optimizer=adam"), tmp_path / "detail")
-    (detail, *_) = reversed(logged(tmp_path / "detail"))
+    *_, detail, table = logged(tmp_path / "detail")
+    assert table["hardest examples.nrows"] == 32 and table["examples_seen"] == 2816
     assert charts | {"layers/1/gradient_norm", "layers/4/signal_to_noise", "norms/1.weight.values"} <= set(detail)
     assert sum(detail["norms/whole gradient.values"]) == 16
 

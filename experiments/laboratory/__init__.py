@@ -1,0 +1,21 @@
+"""The experiments: a module or a package each, by the name of its `study` in conf/experiment/."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from experiments.errors import choose
+from experiments.laboratory.schemas import STUDIES, StudyConfig
+
+if TYPE_CHECKING:
+    from experiments.study import Study
+
+
+def load(settings: StudyConfig) -> Study[Any]:
+    """The study with these settings. Its module is experiments.laboratory.<name>, and exports it as STUDY."""
+    choose(STUDIES, settings.name, "study.name")
+    # Only the one that is asked for: they draw, and what draws is slow to import.
+    study: Study[Any] = import_module(f"experiments.laboratory.{settings.name}").STUDY(settings)
+    study.check()
+    return study
