@@ -1,0 +1,48 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.laboratory.problem import as_configured, build, problem_of
+from experiments.models import build_model
+from experiments.schemas.run import Config
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.dropout=0", "model.widths=[16, 8]", "data.test_fraction=0.5"],
+        ["model=convnet"],
+        ["data=npz", "data.path='a folder/b=c.npz'"],
+        ["data=topics", "model=gpt", "data.limit=null"],
+    ],
+)
+def test_data_and_model_come_back(short: Callable[..., Config], overrides: list[str]) -> None:
+    config = short(*overrides)
+    again = as_configured(problem_of(config))
+    assert (again.data, again.model) == (config.data, config.model)
+
+
+def test_only_what_is_not_the_default_is_told(short: Callable[..., Config]) -> None:
+    assert problem_of(short()) == "data=digits model=mlp"
+    assert problem_of(short("model.dropout=0", "train.epochs=1")) == "data=digits model=mlp model.dropout=0.0"
+
+
+def test_the_model_starts_as_in_a_run_of_this_seed(short: Callable[..., Config]) -> None:
+    config = short("model.widths=[8]")
+    data, model = build(problem_of(config), seed=3)
+    torch.manual_seed(3)
+    same = build_model(config.model, data.shape, data.classes)
+    for p, q in zip(model.parameters(), same.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_files_are_found_by_their_path(short: Callable[..., Config], tmp_path: Path) -> None:
+    path = tmp_path / "a folder" / "own.npz"
+    path.parent.mkdir()
+    np.savez(path, x=np.eye(20), y=np.arange(20) % 2)
+    data, _ = build(problem_of(short("data=npz", f"data.path='{path}'")), seed=0)
+    assert data.shape == (20,)
