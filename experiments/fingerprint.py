@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from experiments.data.help_texts import help_texts
+from experiments.schemas.data import FileTextConfig, TextConfig
 from experiments.schemas.run import Config
 
 # None of these decides a number: two runs that differ only here are the same run.
@@ -26,7 +28,8 @@ def identity(config: Config) -> dict[str, Any]:
     """The part of the configuration that decides the numbers of a run.
 
     Without options of a group's member that have the default of its schema: only options that came later have one, and
-    runs that were made before stay what they are. With what is in the files of data.path, which may have changed.
+    runs that were made before stay what they are. With a checksum of what is in data.path, and of this Python's help
+    texts where they are the data: both may become others.
     """
     kept: dict[str, Any] = {key: value for key, value in as_dict(config).items() if key not in NOT_IN_FINGERPRINT}
     for key, values in kept.items():
@@ -36,6 +39,8 @@ def identity(config: Config) -> dict[str, Any]:
     path = getattr(config.data, "path", None)
     if path is not None and (found := content(Path(path))) is not None:
         kept["data"]["content"] = found
+    if isinstance(config.data, TextConfig) and not isinstance(config.data, FileTextConfig):
+        kept["data"]["content"] = hashlib.sha256(help_texts()).hexdigest()
     return kept
 
 

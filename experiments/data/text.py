@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from functools import cache
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import torch
 
 from experiments.data.dataset import Dataset
 from experiments.data.download import check, download
+from experiments.data.help_texts import help_texts
 from experiments.data.sequences import split_tokens
 from experiments.errors import UserError
 from experiments.schemas.data import FileTextConfig, TextConfig
@@ -47,7 +47,7 @@ def load_text(config: TextConfig, device: torch.device) -> Dataset:
 
 def read_text(config: TextConfig) -> bytes:
     if not isinstance(config, FileTextConfig):
-        return "".join(topics[name] for name in sorted(topics)).encode()
+        return help_texts()
     if config.path is not None and config.url is None:
         path = Path(config.path)
     elif config.url is not None and config.path is None and config.sha256 is not None:

@@ -77,7 +77,7 @@ def _accuracy(analysis: Analysis, method: int) -> Finding:
         f"{estimate(analysis, 'test_accuracy', method, percent=True)}%, and that of {analysis.reference_label} is "
         f"{estimate(analysis, 'test_accuracy', analysis.reference, percent=True)}%: a difference of {gap} points."
     )
-    bar = f"{label}: test accuracy within 1 point of that of {analysis.reference_label}"
+    bar = f"{label}: test accuracy at most 1 point below that of {analysis.reference_label}"
     verdict = Estimate(-gap.value, -gap.high, -gap.low).verdict(LARGEST_ACCURACY_GAP)
     return Finding(bar, verdict, sentence + _beyond(gap, -LARGEST_ACCURACY_GAP))
 

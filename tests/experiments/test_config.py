@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments import fingerprint as module
 from experiments import laboratory
 from experiments.config import CONF, check_ranges, compose_config
 from experiments.data import load_data
@@ -129,3 +130,10 @@ def test_numbers_out_of_range_are_named(override: str) -> None:
         check_ranges(compose_config([override]))
     with pytest.raises(UserError, match="seed=-1"):
         check_ranges(dataclasses.replace(compose_config([]), seed=-1))
+
+
+def test_another_python_has_another_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_config(["data=topics", "model=gpt"])
+    before = fingerprint(config)
+    monkeypatch.setattr(module, "help_texts", lambda: b"other texts")
+    assert fingerprint(config) != before
