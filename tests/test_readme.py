@@ -42,6 +42,13 @@ ELSEWHERE = {
     "wandb leet outputs/mine/wandb": "fills a terminal until it is left: its headless form is below",
     "wandb sync outputs/mine/wandb/offline-run-*": "needs an account",
     "python -m experiments.workspace --entity ENTITY --project PROJECT": "needs an account",
+    "python -m experiments.train data=mnist model=convnet": "needs a network: see data/test_openml.py",
+    "python -m experiments.train data=mnist model=convnet data.path=FOLDER": "files of the user's: see data/test_images.py",
+    "python -m experiments.train data=npz data.path=mine.npz": "a file of the user's: see data/test_arrays.py",
+    "python -m experiments.train data=text data.path=mine.txt model=gpt optimizer.lr=0.002": "see data/test_text.py",
+    "python -m experiments.data.tokens mine.txt mine.bin": "a file of the user's: see data/test_token_file.py",
+    "python -m experiments.train experiment=gpu_resnet_cifar": "needs a network: see test_gpu_experiments.py",
+    "python -m experiments.train experiment=gpu_gpt2 data.path=TOKENS.bin": "see test_gpu_experiments.py",
     "python -m experiments.train -m experiment=digits seed=0,1 directory=outputs/sweep resume=true "
     "hydra/launcher=slurm hydra.launcher.partition=NAME": "needs a cluster: see test_cluster.py",
 }
@@ -60,6 +67,9 @@ SHORTENED = {
     ],
     "python -m experiments.tune experiment=digits": [
         *("train.epochs=2", "train.warmup_examples=256", "tune.seeds=[0,1]", "tune.factor=4", "tracker=none"),
+    ],
+    "python -m experiments.train data=topics model=gpt optimizer.lr=0.002": [
+        *("data.limit=640", "train.epochs=2", "train.warmup_examples=256", "train.batch_size=64", "data.evaluated=64"),
     ],
     "python -m experiments.train experiment=short/one_dimensional": [
         *("study.repetitions=100", "study.steps=64", "study.seeds=[0,1]"),
