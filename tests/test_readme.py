@@ -43,7 +43,7 @@ ELSEWHERE = {
     "wandb sync outputs/mine/wandb/offline-run-*": "needs an account",
     "python -m experiments.workspace --entity ENTITY --project PROJECT": "needs an account",
     "python -m experiments.train data=mnist model=convnet": "needs a network: see data/test_openml.py",
-    "python -m experiments.train data=mnist model=convnet data.path=FOLDER": "files of the user's: see data/test_images.py",
+    "python -m experiments.train data=mnist model=convnet data.path=FOLDER": "see data/test_images.py",
     "python -m experiments.train data=npz data.path=mine.npz": "a file of the user's: see data/test_arrays.py",
     "python -m experiments.train data=text data.path=mine.txt model=gpt optimizer.lr=0.002": "see data/test_text.py",
     "python -m experiments.data.tokens mine.txt mine.bin": "a file of the user's: see data/test_token_file.py",
