@@ -1,8 +1,8 @@
 """What the measurements of experiments.estimators come to: the verdict, and the tables.
 
-The winner has the fewest diverged runs, and among those the lowest mean over R, B and seeds of ln(final loss). Where
-the interval of a difference to it includes zero, that estimator ties with it, and the lowest error (mean over R and B
-of the root mean square, of a trained model) decides.
+The winner has the fewest diverged runs, and among those the lowest mean over tasks, R, B and seeds of ln(final loss).
+Where the interval of a difference to it includes zero, that estimator ties with it, and the lowest error (mean over R
+and B of the root mean square, of a trained model) decides.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def name_of(r: float, estimator: str) -> str:
 class Training:
     """One axis a letter: M method (R, estimator), B batch size, S seed."""
 
+    task: str
     methods: tuple[tuple[float, str], ...]
     batch_sizes: tuple[int, ...]
     tuned_at: int
@@ -51,15 +52,16 @@ class Verdict:
     low: float
     high: float
     error: float
-    score: float  # mean over all R, at the tuned learning rates; shown, and not judged by
+    score: float  # mean over tasks and R, at the tuned learning rates; shown, and not judged by
 
 
-def judge(training: Training, found: Sequence[Error]) -> list[Verdict]:
+def judge(trainings: Sequence[Training], found: Sequence[Error]) -> list[Verdict]:
     """The winner first."""
-    loss = {e: cells(training, e, np.log(training.loss)).mean(axis=0) for e in ESTIMATORS}  # (S,)
-    broken = {e: int(cells(training, e, training.diverged).sum()) for e in ESTIMATORS}
+    of_tasks = {e: [cells(t, e, np.log(t.loss)).mean(axis=0) for t in trainings] for e in ESTIMATORS}  # (S,) each
+    loss = {e: np.mean(values, axis=0) for e, values in of_tasks.items()}
+    broken = {e: sum(int(cells(t, e, t.diverged).sum()) for t in trainings) for e in ESTIMATORS}
     error = {e: trained_error(found, e) for e in ESTIMATORS}
-    score = {e: mean_score(training, e) for e in ESTIMATORS}
+    score = {e: float(np.mean([mean_score(t, e) for t in trainings])) for e in ESTIMATORS}
     leader = min(ESTIMATORS, key=lambda e: (broken[e], loss[e].mean()))
     random = np.random.default_rng(0)
     verdicts = []
@@ -103,16 +105,16 @@ def at_the_end(found: Sequence[Error], name: str) -> list[Error]:
     return [e for e in found if (e.population, e.examples) == (name, last)]
 
 
-def tables(training: Training, found: Sequence[Error], verdicts: Sequence[Verdict]) -> list[Table]:
-    return [_verdict(verdicts), _training(training), *(_errors(found, n) for n in ("trained", "initial"))]
+def tables(trainings: Sequence[Training], found: Sequence[Error], verdicts: Sequence[Verdict]) -> list[Table]:
+    return [_verdict(verdicts), *map(_training, trainings), *(_errors(found, n) for n in ("trained", "initial"))]
 
 
 def _verdict(verdicts: Sequence[Verdict]) -> Table:
     return Table(
         f"The estimator for R > B: {verdicts[0].estimator}",
-        "Over all R and B where the estimators differ. Fewest diverged runs, then lowest ln(final training loss); "
-        "where the interval (95%, bootstrap over seeds) of the difference includes zero, lowest error. Score: over "
-        "B, mean over R.",
+        "Over all tasks, R and B where the estimators differ. Fewest diverged runs, then lowest ln(final training "
+        "loss); where the interval (95%, bootstrap over seeds) of the difference includes zero, lowest error. Score: "
+        "over B, mean over tasks and R.",
         ["estimator", "diverged", "ln loss", "to the lowest", "interval", "error of ln s", "score"],
         [
             [
@@ -140,7 +142,7 @@ def _training(training: Training) -> Table:
         score = mean_and_error(training.score[m], 3)
         rows.append([name_of(r, estimator), f"{training.lr[m]:.3g}", *losses, score])
     return Table(
-        "Final training loss on the digits",
+        f"Final training loss, {training.task}",
         f"At each method's lr, tuned at B = {training.tuned_at}; the score is over all B. Means over seeds and their "
         f"standard errors. Where R is at most B and B > 1 the estimators are one run.",
         ["method", "lr", *(f"B = {b}" for b in training.batch_sizes), "score"],
@@ -157,7 +159,7 @@ def _errors(found: Sequence[Error], name: str) -> Table:
         texts.setdefault(name_of(e.reference_batch_size, e.estimator), {})[e.batch_size] = error_text(e)
     rows: list[list[Cell]] = [[method, *(row.get(b, "") for b in sizes)] for method, row in texts.items()]
     return Table(
-        f"Error of ln s, {name} parameters",
+        f"Error of ln s on the digits, {name} parameters",
         f"After {chosen[0].examples:,} examples: bias, root mean square, share of elements at the floor; "
         f"means over seeds.",
         ["method", *(f"B = {b}" for b in sizes)],

@@ -5,8 +5,10 @@ python -m experiments.estimators --epochs 24 --seeds 0 1 2 3 4 --workers 2
 
 Two measurements, of R > B or B = 1 only, since elsewhere one batch is enough and the estimators coincide:
 
-    error       of ln s at fixed parameters, where the truth is known (experiments.estimation_error)
-    training    final training loss at each estimator's tuned learning rate, runs that diverged, and score over B
+    error       of ln s at fixed parameters, where the truth is known (experiments.estimation_error), on the digits
+    training    final training loss at each estimator's tuned learning rate, runs that diverged, and score over B, on
+                every task: the mean gradient of a network that sees digits stays, and that of one that learns to
+                read turns, so that an estimator may lag behind it
 
 How the winner is found: experiments.estimator_verdict. A command that was interrupted goes on where it stopped.
 """
@@ -46,6 +48,11 @@ from experiments.schemas.run import Config
 from experiments.train import train
 from gradstats.optim.moment import ESTIMATORS
 
+# What a task overrides, and the share of its epochs: a pass over the texts is as dear as six over the digits.
+TASKS: dict[str, tuple[list[str], float]] = {
+    "digits": ([], 1.0),
+    "topics": (["data=topics", "model=gpt", "data.evaluated=512"], 1 / 6),
+}
 REFERENCES = (4.0, 16.0, 64.0, math.inf)
 TUNED = 16  # the batch size of tuning
 WARMUP = 1024  # examples; the usual one would be half of the short form
@@ -65,23 +72,23 @@ class Study:
     workers: int
     directory: Path
 
-    def run(self, r: float, estimator: str, multiplier: float, batch_size: int, seed: int) -> Config:
+    def run(self, task: str, r: float, estimator: str, multiplier: float, batch_size: int, seed: int) -> Config:
         """Where the estimators coincide they share their run."""
         alone = batch_size == 1 and estimator == "in_batch"  # then it is the first one
         shared = ESTIMATORS[0] if alone or coincide(r, batch_size) else estimator
-        base, adam = tuned()
+        base, adam = tuned(task)
         lr = adam.lr * multiplier * math.sqrt(TUNED / min(r, LARGEST))
         config = dataclasses.replace(
             base,
             seed=seed,
             optimizer=dataclasses.replace(adam, lr=lr, reference_batch_size=r, estimator=shared),
-            train=dataclasses.replace(base.train, epochs=self.epochs, batch_size=batch_size),
+            train=dataclasses.replace(base.train, epochs=self.epochs * TASKS[task][1], batch_size=batch_size),
         )
         return dataclasses.replace(config, directory=str(self.directory / "runs" / fingerprint(config)))
 
-    def records(self, cells: Sequence[tuple[float, str, float, int, int]]) -> list[Record]:
+    def records(self, task: str, cells: Sequence[tuple[float, str, float, int, int]]) -> list[Record]:
         """Of every cell (R, estimator, multiplier, B, seed), from what is on disk and from new runs."""
-        configs = [self.run(*cell) for cell in cells]
+        configs = [self.run(task, *cell) for cell in cells]
         todo = {config.directory: config for config in configs if not finished(config)}
         longest_first = sorted(todo.values(), key=lambda config: config.train.batch_size)
         workers = joblib.Parallel(self.workers, batch_size=1)
@@ -93,10 +100,10 @@ class Study:
 
 
 @functools.cache
-def tuned() -> tuple[Config, BatchInvariantAdamConfig]:
-    """What all runs have in common."""
+def tuned(task: str) -> tuple[Config, BatchInvariantAdamConfig]:
+    """What all runs on the task have in common."""
     overrides = ["tracker=none", "resume=true", f"train.warmup_examples={WARMUP}", "directory=unknown"]
-    config = compose_config([*overrides, f"optimizer.batch_size={TUNED}"])
+    config = compose_config([*overrides, f"optimizer.batch_size={TUNED}", *TASKS[task][0]])
     assert isinstance(config.optimizer, BatchInvariantAdamConfig)
     return config, config.optimizer
 
@@ -110,9 +117,10 @@ def run_one(config: Config) -> None:
         train(config, Path(config.directory))
 
 
-def tune_and_train(study: Study) -> Training:
+def tune_and_train(study: Study, task: str) -> Training:
     methods = tuple(product(REFERENCES, ESTIMATORS))
-    tuning = arrange(study.records([(*m, x, TUNED, s) for m in methods for x in MULTIPLIERS for s in study.seeds]))
+    cells = [(*m, x, TUNED, s) for m in methods for x in MULTIPLIERS for s in study.seeds]
+    tuning = arrange(study.records(task, cells))
     best = tuning.train_loss[:, :, 0, :, -1].mean(axis=-1).argmin(axis=1)  # (M,)
     cells = [
         (*m, MULTIPLIERS[i], b, s)
@@ -120,8 +128,9 @@ def tune_and_train(study: Study) -> Training:
         for b in study.batch_sizes
         for s in study.seeds
     ]
-    grid: Grid = arrange(study.records(cells))
+    grid: Grid = arrange(study.records(task, cells))
     return Training(
+        task,
         methods,
         study.batch_sizes,
         TUNED,
@@ -133,8 +142,8 @@ def tune_and_train(study: Study) -> Training:
 
 
 def measure_errors(study: Study) -> list[Error]:
-    """At the initial parameters, and at trained ones."""
-    config, adam = tuned()
+    """On the digits, at the initial parameters, and at trained ones."""
+    config, adam = tuned("digits")
     data = load_data(config.data, torch.device("cpu"))
     x, y = data.train.x, data.train.y
     torch.manual_seed(0)
@@ -155,7 +164,8 @@ def measure_errors(study: Study) -> list[Error]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=float, default=6.0)
+    parser.add_argument("--epochs", type=float, default=6.0, help="over the digits; other tasks have as many steps")
+    parser.add_argument("--tasks", nargs="+", choices=[*TASKS], default=[*TASKS])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
@@ -173,25 +183,26 @@ def main() -> None:
     )
     with command_line("interrupted: the same command continues"):
         found = measure_errors(study)
-        training = tune_and_train(study)
+        training = [tune_and_train(study, task) for task in arguments.tasks]
         verdicts = judge(training, found)
         written = tables(training, found, verdicts)
         for table in written:
             Console(width=WIDTH).print(table.rich())
         save(study, training, found, verdicts)
-        text = "\n\n".join([*map(markdown, written), told(study)])
+        text = "\n\n".join([*map(markdown, written), told(study, arguments.tasks)])
         (study.directory / "tables.md").write_text(text + "\n", encoding="utf-8")
         if document is not None:
             fill_document(document, "estimators", text)
         print(f"winner: {verdicts[0].estimator}; written: {study.directory}")
 
 
-def told(study: Study) -> str:
+def told(study: Study, tasks: Sequence[str]) -> str:
     about = ", ".join(f"{key} {value}" for key, value in machine(1).items())
-    return f"Digits, {study.epochs:g} epochs, {len(study.seeds)} seeds; {about}."
+    epochs = ", ".join(f"{task} {study.epochs * TASKS[task][1]:g} epochs" for task in tasks)
+    return f"{epochs}; {len(study.seeds)} seeds; {about}."
 
 
-def save(study: Study, training: Training, found: Sequence[Error], verdicts: Sequence[Verdict]) -> None:
+def save(study: Study, trainings: Sequence[Training], found: Sequence[Error], verdicts: Sequence[Verdict]) -> None:
     written = {
         "machine": machine(1),
         "epochs": study.epochs,
@@ -199,6 +210,7 @@ def save(study: Study, training: Training, found: Sequence[Error], verdicts: Seq
         "verdicts": [asdict(v) for v in verdicts],
         "training": [
             {
+                "task": training.task,
                 "R": r,
                 "estimator": estimator,
                 "lr": training.lr[m],
@@ -206,6 +218,7 @@ def save(study: Study, training: Training, found: Sequence[Error], verdicts: Seq
                 "diverged": dict(zip(map(str, training.batch_sizes), training.diverged[m].tolist(), strict=True)),
                 "score": training.score[m].tolist(),
             }
+            for training in trainings
             for m, (r, estimator) in enumerate(training.methods)
         ],
         "errors": [asdict(e) for e in found],

@@ -59,10 +59,10 @@ class Study(ABC, Generic[Settings]):
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit each other."""
-        for name in (f.name for f in dataclasses.fields(self.settings)):
-            values = getattr(self.settings, name)
-            if isinstance(values, list):
-                check_distinct(f"study.{name}", values)
+        for setting in dataclasses.fields(self.settings):
+            values, optional = getattr(self.settings, setting.name), setting.default_factory is list
+            if isinstance(values, list) and not (optional and not values):
+                check_distinct(f"study.{setting.name}", values)
 
     @abstractmethod
     def jobs(self, config: Config, known: Sequence[Result]) -> list[Job]:

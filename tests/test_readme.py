@@ -58,7 +58,17 @@ SHORTENED = {
     "python -m experiments.benchmark mlp gpt -c 'ours-*'": ["--quick"],
     "python -m experiments.optimizer_benchmark": ["--parameters", "1e4", "--shapes", "mlp", "--steps", "2"],
     "python -m experiments.sampled": ["--epochs", "0.1", "--seeds", "0"],
-    "python -m experiments.estimators": ["--epochs", "1", "--batch-sizes", "16", "64", "--seeds", "0"],
+    "python -m experiments.estimators": [
+        "--tasks",
+        "digits",
+        "--epochs",
+        "1",
+        "--batch-sizes",
+        "16",
+        "64",
+        "--seeds",
+        "0",
+    ],
     "python -m experiments.search experiment=search_digits": ["search.trials=2", "train.epochs=1", "search.seeds=[0]"],
     "python -m experiments.search experiment=digits search=learning_rate optimizer=adam directory=outputs/adam": [
         "search.trials=2",

@@ -23,12 +23,15 @@ MATCHING_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared with what: our methods, the reference that is tuned everywhere, and the batch sizes."""
+    """What is compared with what: our methods, those that do the same by another road, the reference that is tuned
+    everywhere, the batch sizes, and the losses at which scores are matched, in units of the reference's."""
 
     ours: tuple[str, ...]
     reference: str
     tuning_batch_size: int
     score_batch_sizes: tuple[int, ...]
+    kin: tuple[str, ...] = ()
+    loss_targets: tuple[float, ...] = (1.0, 2.0)
 
     def tuning_in(self, grid: Grid) -> int:
         """Index of the batch size of tuning."""
@@ -42,7 +45,10 @@ class Comparison:
 
     def baselines_in(self, grid: Grid) -> list[int]:
         """The reference is one of them."""
-        return [i for i, name in enumerate(grid.methods) if name not in self.ours]
+        return [i for i, name in enumerate(grid.methods) if name not in (*self.ours, *self.kin)]
+
+    def kin_in(self, grid: Grid) -> list[int]:
+        return [grid.methods.index(name) for name in self.kin]
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,9 @@ class Measures:
     worst_loss: Array  # (M,)  the largest over B
     test_accuracy: Array  # (M,)
     accuracy_gap: Array  # (M,)  minus the reference's
-    targets: Array  # (2,)  the final losses at which methods are matched
-    matched_score: Array  # (M, 2)
-    ratio: Array  # (M, 2)  matched score over the best baseline's
+    targets: Array  # (K,)  the final losses at which methods are matched
+    matched_score: Array  # (M, K)
+    ratio: Array  # (M, K)  matched score over the best baseline's
     regret: Array  # (M, B)
     mean_regret: Array  # (M,)
     test_regret: Array  # (M, B)
@@ -73,7 +79,7 @@ class Analysis:
     point: Measures
     low: Measures
     high: Measures
-    reachable: Array  # (M, 2)  share of the bootstrap draws in which a method reaches the target
+    reachable: Array  # (M, K)  share of the bootstrap draws in which a method reaches the target
     tuned: NDArray[np.int64]  # (M,)  index of the tuned lr
     reference_tuned: NDArray[np.int64]  # (B,)  index of the reference's lr, tuned at each batch size
     seed_floor: Array  # (M,)
@@ -85,6 +91,10 @@ class Analysis:
     @property
     def ours(self) -> list[int]:
         return self.comparison.ours_in(self.grid)
+
+    @property
+    def kin(self) -> list[int]:
+        return self.comparison.kin_in(self.grid)
 
     @property
     def reference(self) -> int:
@@ -162,7 +172,7 @@ def measure(grid: Grid, comparison: Comparison) -> Measures:
     curve_loss, curve_score = (final_loss[:, :, home], scores(grid, comparison.score_batch_sizes))
 
     target = curve_loss[reference, tuned[reference]]
-    targets = np.array([target, 2 * target])
+    targets = target * np.array(comparison.loss_targets)
     matched = np.array([[match(curve_loss[m], curve_score[m], tuned[m], goal) for goal in targets] for m in every])
     best = [lowest(matched[:, i], baselines) for i in range(len(targets))]
     best_score = np.array([np.nan if m is None else matched[m, i] for i, m in enumerate(best)])
@@ -209,7 +219,7 @@ def lowest(values: Array, among: Sequence[int]) -> int | None:
 def best_baseline(analysis: Analysis) -> int:
     """The baseline, if possible not the reference, with the lowest score at the reference's final loss.
 
-    If none reaches that loss, the score is that at twice the loss, and else that at the tuned lr.
+    If none reaches that loss, the score is that at the next target, and in the end that at the tuned lr.
     """
     others = [m for m in analysis.baselines if m != analysis.reference]
     for score in (*analysis.point.matched_score.T, analysis.point.score):

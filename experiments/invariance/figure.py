@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.drawing import across_batch_sizes
+from experiments.estimate import listed
 from experiments.invariance.analysis import Analysis, best_baseline
 from experiments.themes import LIGHT, Theme, canvas, plain_log_ticks
 
@@ -110,7 +111,8 @@ def _score_against_loss(axes: Axes, analysis: Analysis, theme: Theme) -> None:
     axes.set_yscale("log")
     axes.set_xlabel(
         f"final training loss at B = {analysis.comparison.tuning_batch_size}\n"
-        f"(dotted: that of {analysis.reference_label}, and twice that)"
+        f"(dotted: {listed(analysis.comparison.loss_targets)} times that of "
+        f"{analysis.reference_label})"
     )
     axes.set_ylabel("score (0 is invariant)")
     axes.set_title("Score along the lr grid")
@@ -145,7 +147,7 @@ def _regret_over_batch_size(axes: Axes, analysis: Analysis, theme: Theme) -> Non
 def _method_legend(axes: Axes, analysis: Analysis, theme: Theme) -> None:
     axes.set_axis_off()
     appearance = _appearance(analysis, theme)
-    order = [*analysis.ours, *analysis.baselines]
+    order = [*analysis.ours, *analysis.baselines, *analysis.kin]
     axes.legend(
         [Line2D([], [], color=appearance[m][0], marker=appearance[m][1], markersize=5, linewidth=1.2) for m in order],
         [analysis.grid.labels[m] for m in order],

@@ -32,12 +32,15 @@ def findings(analysis: Analysis) -> list[Finding]:
     return [*bars, *_notes(analysis)]
 
 
+def named_target(analysis: Analysis, target: int) -> str:
+    factor = analysis.comparison.loss_targets[target]
+    times = {1.0: "", 2.0: "twice "}.get(factor, f"{factor:g} times ")
+    return f"{times}the final loss of {analysis.reference_label}"
+
+
 def _matched_score(analysis: Analysis, method: int, target: int) -> Finding:
     label, loss = analysis.grid.labels[method], analysis.point.targets[target]
-    twice = "twice " if target else ""
-    bar = (
-        f"{label}: score at most a third of the best baseline's, at {twice}the final loss of {analysis.reference_label}"
-    )
+    bar = f"{label}: score at most a third of the best baseline's, at {named_target(analysis, target)}"
     if reason := out_of_reach(analysis, method, target):
         return Finding(bar, "cannot be judged", f"It does not reach a final loss of {loss:.3g}: {reason}.")
     best = lowest(analysis.point.matched_score[:, target], analysis.baselines)
@@ -50,6 +53,12 @@ def _matched_score(analysis: Analysis, method: int, target: int) -> Finding:
         f"({analysis.grid.labels[best]}) is {estimate(analysis, 'matched_score', best, target)}: "
         f"{ratio} per cent of it."
     )
+    for other in analysis.kin:
+        score = estimate(analysis, "matched_score", other, target)
+        reached = score if np.isfinite(score.value) else "none, since it does not reach that loss"
+        sentence += (
+            f" That of {analysis.grid.labels[other]}, which averages the same squares by another road: {reached}."
+        )
     if (share := analysis.reachable[[method, best], target].min()) < 1:
         sentence += f" Intervals are over the {share:.0%} of resamples that reach this loss."
     return Finding(bar, ratio.verdict(LARGEST_RATIO), sentence + _beyond(ratio, LARGEST_RATIO))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from experiments.documents import Cell, Table
 from experiments.estimate import listed
 from experiments.invariance.analysis import Analysis
-from experiments.invariance.findings import estimate
+from experiments.invariance.findings import estimate, named_target
 
 
 def tables(analysis: Analysis) -> list[Table]:
@@ -37,20 +37,15 @@ def _summary(analysis: Analysis) -> Table:
 
 
 def _matched(analysis: Analysis) -> Table:
-    once, twice = analysis.point.targets
+    targets = range(len(analysis.point.targets))
     return _table(
         analysis,
         "Score at matched final loss",
         "Interpolated in ln(loss) along each optimizer's learning rates at and below its tuned one. A dash: the "
         "optimizer does not reach that loss on this branch. Ratio: to the best baseline at that loss.",
-        [f"at {once:.3g}, that of {analysis.reference_label}", "ratio", f"at {twice:.3g}, twice that", "ratio"],
+        [c for t in targets for c in (f"at {analysis.point.targets[t]:.3g}, {named_target(analysis, t)}", "ratio")],
         [
-            [
-                estimate(analysis, "matched_score", m, 0),
-                estimate(analysis, "ratio", m, 0),
-                estimate(analysis, "matched_score", m, 1),
-                estimate(analysis, "ratio", m, 1),
-            ]
+            [estimate(analysis, measure, m, t) for t in targets for measure in ("matched_score", "ratio")]
             for m in _order(analysis)
         ],
     )
@@ -80,7 +75,7 @@ def _regret(analysis: Analysis, kind: str) -> Table:
 
 
 def _order(analysis: Analysis) -> list[int]:
-    return [*analysis.ours, *analysis.baselines]
+    return [*analysis.ours, *analysis.baselines, *analysis.kin]
 
 
 def _table(analysis: Analysis, title: str, explanation: str, columns: list[str], cells: list[list[Cell]]) -> Table:

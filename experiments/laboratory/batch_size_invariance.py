@@ -26,9 +26,9 @@ class Invariance(Study[S]):
     def check(self) -> None:
         super().check()
         settings = self.settings
-        methods = [*settings.ours, *settings.baselines]
+        methods = [*settings.ours, *settings.baselines, *settings.kin]
         if len(set(methods)) < len(methods):
-            raise UserError(f"study.ours and study.baselines: {methods} must have each method once")
+            raise UserError(f"study.ours, study.baselines and study.kin: {methods} must have each method once")
         for key, subset, whole in self.subsets():
             if strangers := [value for value in subset if value not in whole]:
                 raise UserError(f"study.{key} has {strangers}, which the study does not run: choose among {whole}")
@@ -50,7 +50,7 @@ class Invariance(Study[S]):
         """All methods share data, model, budget and schedule."""
         settings = self.settings
         runs: list[Job] = []
-        methods = {name: default_optimizer(name) for name in [*settings.ours, *settings.baselines]}
+        methods = {name: default_optimizer(name) for name in [*settings.ours, *settings.baselines, *settings.kin]}
         if unknown := [key for key in settings.options if not any(hasattr(m, key) for m in methods.values())]:
             raise UserError(f"study.options has {unknown}, which none of {', '.join(methods)} has")
         for default in methods.values():
@@ -69,9 +69,11 @@ class Invariance(Study[S]):
         settings = self.settings
         return Comparison(
             ours=tuple(settings.ours),
+            kin=tuple(settings.kin),
             reference=settings.reference,
             tuning_batch_size=settings.tuning_batch_size,
             score_batch_sizes=tuple(settings.score_batch_sizes),
+            loss_targets=tuple(settings.loss_targets),
         )
 
 

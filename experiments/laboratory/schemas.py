@@ -28,11 +28,15 @@ class BatchSizeInvarianceConfig(StudyConfig):
     """Every method runs with the same number of learning rates: lr_multipliers times its own default.
 
     options: replace those of every method that has one of this name, as betas.
+    kin: methods that do what ours do by another road: shown, and named beside every claim, but no baseline to beat.
+    loss_targets: where scores are compared, in units of the reference's final loss.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     ours: list[str] = MISSING
     baselines: list[str] = MISSING
+    kin: list[str] = field(default_factory=list)
+    loss_targets: list[float] = field(default_factory=lambda: [1.0, 2.0])
     reference: str = MISSING
     tuning_batch_size: int = MISSING
     lr_multipliers: list[float] = MISSING

@@ -68,7 +68,7 @@ def imaginary(behind: dict[str, float], noise: float = 0.0, diverged: dict[str, 
             if not coincide(r, size):
                 loss[m, b] = np.exp(-2 + behind[e] + noise * random.normal(size=4))
                 broken[m, b, : (diverged or {}).get(e, 0)] = True
-    return Training(METHODS, SIZES, 16, np.ones(len(METHODS)), loss, broken, score)
+    return Training("imaginary", METHODS, SIZES, 16, np.ones(len(METHODS)), loss, broken, score)
 
 
 def known_errors(rms: dict[str, float]) -> list[Error]:
@@ -84,7 +84,7 @@ EVEN = {"running_average": 1.0, "previous": 2.0, "in_batch": 3.0}
 
 def test_the_lowest_loss_wins() -> None:
     first, second, third = judge(
-        imaginary({"running_average": 0.2, "previous": 0.1, "in_batch": 0.0}), known_errors(EVEN)
+        [imaginary({"running_average": 0.2, "previous": 0.1, "in_batch": 0.0})], known_errors(EVEN)
     )
     assert (first.estimator, second.estimator, third.estimator) == ("in_batch", "previous", "running_average")
     assert (
@@ -94,17 +94,26 @@ def test_the_lowest_loss_wins() -> None:
     )
 
 
+def test_tasks_weigh_alike() -> None:
+    """One that is far better on one task wins over one that is a little better on the other."""
+    one = imaginary({"running_average": 0.0, "previous": 0.01, "in_batch": 0.1})
+    other = imaginary({"running_average": 0.3, "previous": 0.0, "in_batch": 0.1})
+    assert judge([one], known_errors(EVEN))[0].estimator == "running_average"
+    first, *_ = judge([one, other], known_errors(EVEN))
+    assert (first.estimator, first.ln_loss) == ("previous", pytest.approx(-2 + 0.005))
+
+
 def test_a_tie_is_decided_by_the_error() -> None:
     tied = imaginary({"running_average": 0.001, "previous": 0.0, "in_batch": 0.5}, noise=0.1)
-    first, second, third = judge(tied, known_errors(EVEN))
+    first, second, third = judge([tied], known_errors(EVEN))
     assert (first.estimator, second.estimator, third.estimator) == ("running_average", "previous", "in_batch")
-    first, *_ = judge(tied, known_errors({"running_average": 2.0, "previous": 1.0, "in_batch": 0.1}))
+    first, *_ = judge([tied], known_errors({"running_average": 2.0, "previous": 1.0, "in_batch": 0.1}))
     assert first.estimator == "previous"
 
 
 def test_a_run_that_diverged_counts_before_all_else() -> None:
     broken = imaginary({"running_average": 0.3, "previous": 0.1, "in_batch": 0.0}, diverged={"in_batch": 1})
-    verdicts = judge(broken, known_errors(EVEN))
+    verdicts = judge([broken], known_errors(EVEN))
     assert [v.estimator for v in verdicts] == ["previous", "running_average", "in_batch"]
     assert verdicts[-1].diverged > 0
 
@@ -113,8 +122,10 @@ def test_estimators_share_the_runs_that_do_not_depend_on_them() -> None:
     study = Study(1, SIZES, (0,), 1, Path("nowhere"))
 
     def directories(r: float, b: int) -> dict[str, str]:
-        return {e: study.run(r, e, 1.0, b, 0).directory for e in ESTIMATORS}
+        return {e: study.run("digits", r, e, 1.0, b, 0).directory for e in ESTIMATORS}
 
+    on_texts = study.run("topics", 16.0, "in_batch", 1.0, 4, 0)
+    assert on_texts.model.name == "gpt" and on_texts.directory not in directories(16.0, 4).values()
     assert len(set(directories(16.0, 4).values())) == 3
     assert len(set(directories(16.0, 16).values())) == 1
     alone = directories(16.0, 1)
@@ -129,7 +140,7 @@ def test_a_study_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     document = tmp_path / "optimizers.md"
     document.write_text("<!-- estimators: written -->\n<!-- /estimators -->\n")
-    sizes = ["--epochs", "1", "--batch-sizes", "16", "64", "--seeds", "0"]
+    sizes = ["--tasks", "digits", "--epochs", "1", "--batch-sizes", "16", "64", "--seeds", "0"]
     directory = tmp_path / "study"
     monkeypatch.setattr("sys.argv", ["estimators", *sizes, "--directory", str(directory), "--document", str(document)])
     estimators.main()

@@ -107,6 +107,17 @@ def test_regret_is_against_the_reference_tuned_at_each_batch_size():
     np.testing.assert_allclose(measures.worst_loss, [0.4, 0.7])
     np.testing.assert_allclose(measures.final_loss, [0.3, 0.25])
     np.testing.assert_allclose(measures.targets, [0.25, 0.5])
+    nearer = dataclasses.replace(TWO, loss_targets=(1.0, 1.2, 3.0))
+    np.testing.assert_allclose(measure(arrange(records), nearer).targets, [0.25, 0.3, 0.75])
+
+
+def test_kin_are_measured_and_nobodys_baseline():
+    comparison = dataclasses.replace(COMPARISON, kin=("square_root",))
+    with_kin, without = analyse(study(), comparison), analyse(study(), COMPARISON)
+    kin = with_kin.grid.methods.index("square_root")
+    assert with_kin.kin == [kin] and kin in without.baselines and kin not in with_kin.baselines
+    np.testing.assert_array_equal(with_kin.point.matched_score, without.point.matched_score)
+    assert with_kin.point.ratio[0, 0] < without.point.ratio[0, 0]  # without the best baseline
 
 
 def test_a_diverged_run_counts_with_its_initial_loss():

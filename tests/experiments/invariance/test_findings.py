@@ -30,6 +30,16 @@ def test_numbers_and_the_best_baseline_are_in_the_sentence(analysis: Analysis):
     assert f"{100 * analysis.point.ratio[0, 0]:.1f}" in first
 
 
+def test_kin_are_named_beside_the_claim_and_targets_in_words():
+    comparison = dataclasses.replace(COMPARISON, kin=("square_root", "sgd"), loss_targets=(1.0, 1.05))
+    found = analyse(study(), comparison)
+    once, nearer, *_ = findings(found)
+    assert "(Adam)" in once.sentence and nearer.bar.endswith("at 1.05 times the final loss of Adam")
+    score = found.point.matched_score[found.kin[0], 0]
+    assert f"That of Square root, which averages the same squares by another road: {score:#.3g}" in once.sentence
+    assert "That of Sgd, which averages the same squares by another road: none" in once.sentence
+
+
 def test_ours_worse_than_the_baselines_does_not_hold():
     worse = dataclasses.replace(COMPARISON, ours=("adam",), reference="ours")
     assert set(verdicts(analyse(study(), worse)).values()) == {"does not hold", "holds"}

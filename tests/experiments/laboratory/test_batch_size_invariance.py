@@ -60,7 +60,10 @@ def test_long_runs_come_first(config: Config, tmp_path: Path) -> None:
         ({"seeds": []}, r"study.seeds: \[\] must have one value or more"),
         ({"ours": []}, r"study.ours: \[\] must have one value or more"),
         ({"batch_sizes": [16, 64, 16]}, r"study.batch_sizes: .* each of them once"),
-        ({"baselines": ["adam", "batch_invariant_adam"]}, "study.ours and study.baselines: .* each method once"),
+        (
+            {"baselines": ["adam", "batch_invariant_adam"]},
+            "study.baselines and study.kin: .* each method once",
+        ),
         ({"score_batch_sizes": [16]}, "two batch sizes or more"),
         ({"score_batch_sizes": [1, 16]}, r"score_batch_sizes has \[1\]"),
         ({"tuning_batch_size": 4}, r"tuning_batch_size has \[4\]"),
