@@ -38,16 +38,18 @@ class Transfer:
     regret: Array
     mean: Array  # (M,), over the batch sizes of regrets
     cost: Array
+    tuned_at: Array  # (B, M), what `mean` is with each batch size for the tuning batch size
 
 
 def transfer(loss: Array, home: int, reference: int, averaged: Sequence[int]) -> Transfer:
     """loss: (S, M, L, B); home: the index of the tuning batch size; averaged: those of the batch sizes of `mean`."""
     mean = loss.mean(axis=0)  # (M, L, B)
     every = np.arange(len(mean))
-    tuned = mean[:, :, home].argmin(axis=1)
-    kept = mean[every, tuned]  # (M, B)
+    tuned = mean.argmin(axis=1)  # (M, B)
+    kept = np.stack([mean[every, lr] for lr in tuned.T])  # (B, M, B), tuned where the first B says
     regret = kept - mean[reference].min(axis=0)
-    return Transfer(regret, regret[:, list(averaged)].mean(axis=1), kept[:, home] - kept[reference, home])
+    means = regret[..., list(averaged)].mean(axis=-1)
+    return Transfer(regret[home], means[home], kept[home, :, home] - kept[home, reference, home], means)
 
 
 class TuneOnce(Invariance[TuneOnceConfig]):
@@ -65,10 +67,14 @@ class TuneOnce(Invariance[TuneOnceConfig]):
         settings = self.settings
         grid = arrange([result.found for result in results])
         comparison = self.comparison()
-        order = [*comparison.ours_in(grid), *comparison.baselines_in(grid)]
+        order = [*comparison.ours_in(grid), *comparison.baselines_in(grid), *comparison.kin_in(grid)]
         regrets = Regrets(grid, comparison.tuning_in(grid), comparison.reference_in(grid), settings)
         return Outcome(
-            tables=[regrets.table(kind, order, comparison.ours_in(grid)) for kind in LOSSES],
+            tables=[
+                table(kind, order, comparison.ours_in(grid))
+                for table in (regrets.table, regrets.where_to_tune)
+                for kind in LOSSES
+            ],
             findings=regrets.findings(comparison.ours_in(grid), comparison.baselines_in(grid)),
             draw=lambda theme: draw(regrets, order, comparison.ours_in(grid), theme),
             caption=f"Left and middle: final loss at each batch size with the learning rate tuned at B = "
@@ -120,6 +126,9 @@ class Regrets:
     def cost(self, kind: str, method: int) -> Estimate:
         return self.estimate(kind, lambda found: found.cost[method])
 
+    def tuned_at(self, kind: str, method: int, size: int) -> Estimate:
+        return self.estimate(kind, lambda found: found.tuned_at[size, method])
+
     def margin(self, kind: str, method: int, rules: Sequence[int]) -> Estimate:
         """Mean regret minus half of the best rule's, or minus the best rule's where that is negative."""
 
@@ -150,8 +159,37 @@ class Regrets:
             tuple(order.index(m) for m in ours),
         )
 
+    def where_to_tune(self, kind: str, order: Sequence[int], ours: Sequence[int]) -> Table:
+        sizes = self.grid.batch_sizes
+        rows: list[list[Cell]] = [
+            [self.label(m), *(self.tuned_at(kind, m, b) for b in range(len(sizes)))] for m in order
+        ]
+        return Table(
+            f"Where to tune: mean transfer regret on the {kind} loss",
+            f"The mean over B in {listed(self.settings.regret_batch_sizes)}, with the learning rate that is best at "
+            "the batch size of the column.",
+            ["optimizer", *(f"tuned at {size}" for size in sizes)],
+            rows,
+            tuple(order.index(m) for m in ours),
+        )
+
     def findings(self, ours: Sequence[int], baselines: Sequence[int]) -> list[Finding]:
-        return [*(self._bar(kind, ours[0], baselines) for kind in LOSSES), *(self._best(k, ours) for k in LOSSES)]
+        return [
+            *(self._bar(kind, ours[0], baselines) for kind in LOSSES),
+            *(self._best(kind, ours) for kind in LOSSES),
+            *(self._at_the_largest(kind, ours[0]) for kind in LOSSES),
+        ]
+
+    def _at_the_largest(self, kind: str, method: int) -> Finding:
+        """What is stable at the largest batch size is stable at all."""
+        size, home = self.grid.batch_sizes[-1], self.settings.tuning_batch_size
+        gap = self.estimate(kind, lambda found: found.tuned_at[-1, method] - found.mean[method])
+        bar = f"{self.label(method)} transfers at least as well on the {kind} loss if tuned at B = {size}"
+        sentence = (
+            f"Its mean regret is then {self.tuned_at(kind, method, -1)}, and {self.mean(kind, method)} if tuned at "
+            f"B = {home}: a difference of {gap}."
+        )
+        return Finding(bar, gap.verdict(0.0), sentence)
 
     def _bar(self, kind: str, method: int, rules: Sequence[int]) -> Finding:
         point = self.point[kind].mean
