@@ -1,4 +1,4 @@
-"""Compiles outer_sum.cpp for the processor at hand, once per machine, with nothing but a C++ compiler."""
+"""Compiles the sources beside this file for the processor at hand, once per machine, with only a C++ compiler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("outer_sum.cpp")
+SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp", "-Wno-psabi")
 # By what torch calls its own kernels for this processor; others compile for what every processor of their kind has.
 INSTRUCTIONS = {
@@ -26,7 +26,8 @@ INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
 }
 LONGEST = 120  # seconds
-SYMBOLS = ("outer_sum_plan", "outer_sum_float32", "outer_sum_float64", "outer_sum_bfloat16")
+DTYPES = ("float32", "float64", "bfloat16")
+SYMBOLS = ("outer_sum_plan", *(f"{kernel}_{dtype}" for kernel in ("outer_sum", "adam") for dtype in DTYPES))
 
 
 @functools.cache
@@ -36,10 +37,11 @@ def library() -> ctypes.CDLL | None:
     if command is None:
         return None
     flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    version = hashlib.sha256("\n".join((SOURCE.read_text(), command, *flags)).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")))]
+    version = hashlib.sha256("\n".join((*texts, command, *flags)).encode()).hexdigest()[:16]
     try:
         with directory() as place:
-            path = place / f"outer_sum-{version}.so"
+            path = place / f"kernels-{version}.so"
             if not path.exists():
                 build(command, flags, path)
             loaded = ctypes.CDLL(str(path))
@@ -49,9 +51,9 @@ def library() -> ctypes.CDLL | None:
     except (AttributeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         warnings.warn(
-            f"the kernel for weights of Linear layers and convolutions could not be had and is done without, more "
-            f"slowly. It is compiled by {command} (CXX) into $XDG_CACHE_HOME/gradstats or ~/.cache/gradstats "
-            f"({type(error).__name__}: {reason.splitlines()[0] if reason else ''})",
+            f"the kernels for weights of Linear layers and convolutions and for Adam's step could not be had and are "
+            f"done without, more slowly. They are compiled by {command} (CXX) into $XDG_CACHE_HOME/gradstats or "
+            f"~/.cache/gradstats ({type(error).__name__}: {reason.splitlines()[0] if reason else ''})",
             stacklevel=2,
         )
         return None
@@ -88,10 +90,12 @@ def directory() -> Iterator[Path]:
 def build(command: str, flags: tuple[str, ...], path: Path) -> None:
     """Other processes see the library whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        compiled, linked = (os.path.join(directory, name) for name in ("kernels.o", "kernels.so"))
-        run(command, *flags, "-c", str(SOURCE), "-o", compiled)
+        linked, compiled = os.path.join(directory, "kernels.so"), []
+        for source in sorted(SOURCES.glob("*.cpp")):
+            compiled.append(os.path.join(directory, f"{source.stem}.o"))
+            run(command, *flags, "-c", str(source), "-o", compiled[-1])
         # Not linked against OpenMP: torch has it loaded, and a second one would be a second set of threads.
-        run(command, "-shared", compiled, "-o", linked)
+        run(command, "-shared", *compiled, "-o", linked)
         with open(linked, "rb") as file:
             os.fsync(file.fileno())  # half of it would end the process that loads it
         os.replace(linked, path)

@@ -17,6 +17,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "numbers.h"
+
 namespace {
 
 // Bytes of a vector register, and whether there are 32 of them or 16.
@@ -51,19 +53,6 @@ inline V load(const S* from) {
 template <class V, class S>
 inline void store(S* to, V v) {
   std::memcpy(to, &v, sizeof v);
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
 }
 
 // Up to FEW positions gradient and squares of a tile stay in registers beside c_b; with more, a larger tile loads less.

@@ -35,8 +35,9 @@ class ExampleOptimizer(Optimizer):
         max_norm: bounds the norm of the running average over all parameters of the optimizer, unlike clipping of the
             batch gradient, which depends on the batch size. None does not clip.
         maximize: ascend instead of descend.
-        compiled: one compiled kernel for the whole step, or block by block in plain torch; None compiles from a
-            million elements on where there is a compiler. `path` says which.
+        compiled: one compiled kernel for the whole step, or block by block in plain torch; None takes a kernel that
+            is there for the equation, and compiles one from a million elements on, where there is a compiler. `path`
+            says which.
 
     Statistics come from `gradstats.attach(model)`, found through the parameters. What reads none of them needs the
     batch size only, which `step(batch_size=B)` gives for a model that is not attached. The state's "step" counts
@@ -105,17 +106,31 @@ class ExampleOptimizer(Optimizer):
     @property
     def path(self) -> str:
         """How a step is computed, and why."""
+        if self.compiled is not False and all(map(self._is_ready, self.param_groups)):
+            return f"native kernel ({compiler('cpu')})"
+        return self._form()[1]
+
+    def _form(self) -> tuple[bool, str]:
+        """Whether what no kernel is there for is compiled, and why."""
         devices = {p.device.type for group in self.param_groups for p in group["params"]}
         found = {device: compiler(device) for device in devices}
         names = ", ".join(sorted({name for name in found.values() if name}))
+        plain = "plain torch, block by block"
         if self.compiled is not None:
-            return f"compiled ({names})" if self.compiled else "plain torch, block by block (compiled=False)"
+            return self.compiled, f"compiled ({names})" if self.compiled else f"{plain} (compiled=False)"
         size = sum(p.numel() for group in self.param_groups for p in group["params"])
         if size < WORTH_COMPILING:
-            return f"plain torch, block by block ({size:,} elements are too few to be worth compiling)"
+            return False, f"{plain} ({size:,} elements are too few to be worth compiling)"
         if not all(found.values()):
-            return "plain torch, block by block (no compiler was found)"
-        return f"compiled ({names})"
+            return False, f"{plain} (no compiler was found)"
+        return True, f"compiled ({names})"
+
+    def _is_ready(self, group: Mapping[str, Any]) -> bool:
+        """Whether there is a kernel for a group's step at the batch size of its tuning."""
+        from gradstats.native import adam
+
+        update = self.update(group, group["batch_size"], {})
+        return all(adam.serves(update, p) for p in group["params"])
 
     def describe(self, *batch_sizes: float) -> str:
         """A table of the values at these batch sizes, in torch's units where torch has such an optimizer."""
@@ -175,26 +190,26 @@ class ExampleOptimizer(Optimizer):
 
     def _run(self, parts: list[Part]) -> None:
         """The updates over all elements."""
-        compiled = self._compiles(parts)
+        compiled, ready = self._compiles(parts), self.compiled is not False
         bounds = {part.group["max_norm"] for part in parts if "max_norm" in self.defaults} - {None}
         if not bounds:
             for part in parts:
-                run(part.update, "both", part.columns, part.scalars, compiled)
+                run(part.update, "both", part.columns, part.scalars, compiled, ready)
             return
         for part in parts:
             if part.update.buffers:
-                run(part.update, "averages", part.columns, part.scalars, compiled)
+                run(part.update, "averages", part.columns, part.scalars, compiled, ready)
         clip = clip_factors(parts, bounds)
         for part in parts:
             scalars = part.scalars | {"clip": clip.get(part.group["max_norm"], 1.0)}
-            run(part.update, "move", part.columns, scalars, compiled)
+            run(part.update, "move", part.columns, scalars, compiled, ready)
 
     def _compiles(self, parts: list[Part]) -> bool:
         """What `path` says, which sums over all parameters: anew where some were added or moved to another device."""
         devices = {part.columns["parameter"][0].device.type for part in parts}
         known = self.compiled, devices, [len(group["params"]) for group in self.param_groups]
         if self._chosen[0] != known:
-            self._chosen = known, self.path.startswith("compiled")
+            self._chosen = known, self._form()[0]
         return self._chosen[1]
 
     def _loss_scale(self) -> float | None:

@@ -35,13 +35,25 @@ ROWS = 4
 WORTH_COMPILING = 1 << 20
 
 
-def run(update: Update, phase: Phase, columns: Columns, scalars: Mapping[str, Any], compiled: bool) -> None:
-    """One phase of an update of parameters of one device and dtype, given with their gradients, sums and buffers."""
+def run(
+    update: Update, phase: Phase, columns: Columns, scalars: Mapping[str, Any], compiled: bool, ready: bool = False
+) -> None:
+    """One phase of an update of parameters of one device and dtype, given with their gradients, sums and buffers.
+
+    compiled: by a kernel made for the equation, in seconds; ready: by one that is there for it, if there is.
+    """
+    on_gpu = compiled and available(columns["parameter"][0])
+    if ready and not on_gpu:
+        from gradstats.native import adam as native_adam
+
+        served = native_adam.serves(update, columns["parameter"][0])
+        if served and native_adam.step(update, phase, columns, scalars):
+            return
     names, device = tuple(columns), columns["parameter"][0].device
     written = [names.index(name) for name in update.writes(phase)]
     plain = plain_kernel(update, phase, names, scalars)
     rows = flat_rows(columns, written, plain)
-    if compiled and available(columns["parameter"][0]):
+    if on_gpu:
         from gradstats.kernels import adam
 
         if adam.serves(update, phase, columns):

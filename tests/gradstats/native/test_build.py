@@ -100,11 +100,11 @@ def test_what_goes_wrong_is_said(fresh, monkeypatch, tmp_path, fails, said):
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(build.Path, "home", no_home)
     elif fails == "symbols":
-        monkeypatch.setattr(build, "SOURCE", tmp_path / "other.cpp")
-        build.SOURCE.write_text("int x = 0;")
+        monkeypatch.setattr(build, "SOURCES", tmp_path)
+        (tmp_path / "other.cpp").write_text("int x = 0;")
     elif fails == "compiler":
-        monkeypatch.setattr(build, "SOURCE", tmp_path / "broken.cpp")
-        build.SOURCE.write_text("int x = nonsense;")
+        monkeypatch.setattr(build, "SOURCES", tmp_path)
+        (tmp_path / "broken.cpp").write_text("int x = nonsense;")
     else:
         (tmp_path / "gradstats").touch()
     with pytest.warns(UserWarning, match=said):

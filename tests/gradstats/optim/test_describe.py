@@ -25,7 +25,7 @@ def test_adam_in_torchs_units():
     model = nn.Linear(9, 10)
     optimizer = optim.BatchInvariantAdam(model.parameters(), 1e-3, (0.5, 0.9), batch_size=16, weight_decay=0.1)
     table = optimizer.describe(1, 16, 64)
-    assert table.startswith("BatchInvariantAdam, plain torch")
+    assert table.startswith(f"BatchInvariantAdam, {optimizer.path}")
     found = cells(table)
     decays = [float(cell) for cell in found.pop("weight_decay")]
     assert decays == pytest.approx([(1 - (1 - 1e-4) ** (1 / 16)) / 25e-5, 0.1, (1 - (1 - 1e-4) ** 4) / 2e-3], rel=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradstats.optim import BatchInvariantAdam, elementwise
+from gradstats.optim import BatchInvariantAdam, BatchInvariantSGD, elementwise
 from gradstats.optim.update import Update
 
 D = torch.float64
@@ -152,10 +152,11 @@ def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
 
 def test_path_is_said(monkeypatch):
     small, large = nn.Linear(2, 2), nn.Linear(1024, 1024)
-    assert BatchInvariantAdam(small.parameters()).path == "plain torch, block by block (6 elements are too few to be " \
-        "worth compiling)"  # fmt: skip
-    assert BatchInvariantAdam(small.parameters(), compiled=True).path.startswith("compiled (")
-    assert BatchInvariantAdam(large.parameters()).path.startswith("compiled (")
+    assert BatchInvariantAdam(small.parameters()).path.startswith("native kernel (")
     assert "compiled=False" in BatchInvariantAdam(large.parameters(), compiled=False).path
+    assert BatchInvariantSGD(small.parameters()).path == "plain torch, block by block (6 elements are too few to be " \
+        "worth compiling)"  # fmt: skip
+    assert BatchInvariantSGD(small.parameters(), compiled=True).path.startswith("compiled (")
+    assert BatchInvariantSGD(large.parameters()).path.startswith("compiled (")
     monkeypatch.setattr("gradstats.optim.base.compiler", lambda device: None)
-    assert "no compiler was found" in BatchInvariantAdam(large.parameters()).path
+    assert "no compiler was found" in BatchInvariantSGD(large.parameters()).path

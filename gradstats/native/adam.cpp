@@ -1,0 +1,133 @@
+// A step of BatchInvariantAdam over all parameters in one call, whatever their number and sizes:
+//
+//     v  = product m m' + square q          m' = m, or unbias m~ + first m, or unbias m_before + first m
+//     m~ <- m~ + w1 (m - m~)                s <- s + w2 (v - s)            q~ <- q~ + w3 (q - q~)
+//     p  <- decay p - clip step m~ / (sqrt(max(s, bound)) + eps)           bound = 0, q~ inverse_reference, or m~^2
+//
+// with m the mean gradient and q the second moment of the batch: the equation of AdamUpdate (optim/adam.py) in one pass
+// over memory, or in its two phases, averages and parameters. No result depends on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "numbers.h"
+
+namespace {
+
+enum Phase { BOTH, AVERAGES, MOVE };
+enum Partner { ITSELF, AVERAGE, PREVIOUS };
+enum Bound { NONE, OF_SQUARES, OF_MEAN };
+
+// In the order in which they come.
+template <class S>
+struct Scalars {
+  S mean_scale, second_moment_scale, product, square, w1, w2, w3, step, eps, decay, first, unbias, inverse_reference,
+      clip;
+  explicit Scalars(const double* k)
+      : mean_scale(k[0]), second_moment_scale(k[1]), product(k[2]), square(k[3]), w1(k[4]), w2(k[5]), w3(k[6]),
+        step(k[7]), eps(k[8]), decay(k[9]), first(k[10]), unbias(k[11]), inverse_reference(k[12]), clip(k[13]) {}
+};
+
+// One parameter's tensors: those that the equation does not have are null.
+template <class P, class S>
+struct Row {
+  P* p;
+  const P* gradient;
+  S *average, *square_average;
+  const S* squares;
+  S *squares_average, *previous;
+};
+
+template <int PHASE, int PARTNER, int BOUND, bool READS, class P, class S>
+void move(const Row<P, S>& row, int64_t start, int64_t end, const Scalars<S>& k) {
+  P* __restrict p = row.p;
+  const P* __restrict gradient = row.gradient;
+  S* __restrict average = row.average;
+  S* __restrict square_average = row.square_average;
+  const S* __restrict squares = row.squares;
+  S* __restrict squares_average = row.squares_average;
+  S* __restrict previous = row.previous;
+#pragma omp simd
+  for (int64_t i = start; i < end; ++i) {
+    S mean = average[i], s = square_average[i], long_run = BOUND == OF_SQUARES ? squares_average[i] : 0;
+    if (PHASE != MOVE) {
+      const S m = k.mean_scale * widen(gradient[i]);
+      S partner = m;
+      if (PARTNER == AVERAGE) partner = k.unbias * mean + k.first * m;
+      if (PARTNER == PREVIOUS) partner = k.unbias * previous[i] + k.first * m;
+      S v = k.product * m * partner, q = 0;
+      if (READS) v += k.square * (q = k.second_moment_scale * squares[i]);
+      square_average[i] = s += k.w2 * (v - s);
+      average[i] = mean += k.w1 * (m - mean);
+      if (BOUND == OF_SQUARES) squares_average[i] = long_run += k.w3 * (q - long_run);
+      if (PARTNER == PREVIOUS) previous[i] = m;
+    }
+    if (PHASE != AVERAGES) {
+      if (BOUND == OF_SQUARES) s = std::max(s, long_run * k.inverse_reference);
+      if (BOUND == OF_MEAN) s = std::max(s, mean * mean);
+      narrow(k.decay * widen(p[i]) - k.clip * k.step * mean / (std::sqrt(s) + k.eps), p[i]);
+    }
+  }
+}
+
+// Addresses are (7, count), in the order of Row.
+template <int PHASE, int PARTNER, int BOUND, bool READS, class P, class S>
+void run(int64_t count, const int64_t* sizes, void* const* addresses, const double* numbers, int threads) {
+  const Scalars<S> k(numbers);
+  int64_t total = 0;
+  for (int64_t c = 0; c < count; ++c) total += sizes[c];
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int thread = 0; thread < threads; ++thread) {
+    const int64_t from = total * thread / threads, to = total * (thread + 1) / threads;
+    int64_t offset = 0;
+    for (int64_t c = 0; c < count && offset < to; offset += sizes[c++]) {
+      const int64_t start = std::max<int64_t>(from - offset, 0), end = std::min(to - offset, sizes[c]);
+      if (start >= end) continue;
+      const auto address = [&](int column) { return addresses[column * count + c]; };
+      const Row<P, S> row{(P*)address(0),       (const P*)address(1), (S*)address(2), (S*)address(3),
+                          (const S*)address(4), (S*)address(5),       (S*)address(6)};
+      move<PHASE, PARTNER, BOUND, READS>(row, start, end, k);
+    }
+  }
+}
+
+template <class P, class S, int PHASE, int PARTNER, int BOUND>
+auto reading(bool reads) {
+  return reads ? run<PHASE, PARTNER, BOUND, true, P, S> : run<PHASE, PARTNER, BOUND, false, P, S>;
+}
+
+template <class P, class S, int PHASE, int PARTNER>
+auto bounded(int bound, bool reads) {
+  return bound == OF_SQUARES ? reading<P, S, PHASE, PARTNER, OF_SQUARES>(reads)
+         : bound == OF_MEAN  ? reading<P, S, PHASE, PARTNER, OF_MEAN>(reads)
+                             : reading<P, S, PHASE, PARTNER, NONE>(reads);
+}
+
+template <class P, class S, int PHASE>
+auto partnered(int partner, int bound, bool reads) {
+  return partner == AVERAGE    ? bounded<P, S, PHASE, AVERAGE>(bound, reads)
+         : partner == PREVIOUS ? bounded<P, S, PHASE, PREVIOUS>(bound, reads)
+                               : bounded<P, S, PHASE, ITSELF>(bound, reads);
+}
+
+template <class P, class S>
+auto choose(int phase, int partner, int bound, bool reads) {
+  return phase == BOTH       ? partnered<P, S, BOTH>(partner, bound, reads)
+         : phase == AVERAGES ? partnered<P, S, AVERAGES>(partner, bound, reads)
+                             : bounded<P, S, MOVE, ITSELF>(bound, false);
+}
+
+}  // namespace
+
+extern "C" {
+
+#define ADAM(NAME, P, S)                                                                                             \
+  void NAME(int phase, int partner, int bound, int reads, int64_t count, const int64_t* sizes,                       \
+            void* const* addresses, const double* numbers, int threads) {                                            \
+    choose<P, S>(phase, partner, bound, reads)(count, sizes, addresses, numbers, threads);                           \
+  }
+ADAM(adam_float32, float, float)
+ADAM(adam_float64, double, double)
+ADAM(adam_bfloat16, BFloat16, float)
+}
