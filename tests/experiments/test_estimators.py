@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from itertools import product
@@ -103,12 +104,15 @@ def test_tasks_weigh_alike() -> None:
     assert (first.estimator, first.ln_loss) == ("previous", pytest.approx(-2 + 0.005))
 
 
-def test_a_tie_is_decided_by_the_error() -> None:
+def test_a_tie_is_decided_by_the_worst_cell() -> None:
     tied = imaginary({"running_average": 0.001, "previous": 0.0, "in_batch": 0.5}, noise=0.1)
-    first, second, third = judge([tied], known_errors(EVEN))
-    assert (first.estimator, second.estimator, third.estimator) == ("running_average", "previous", "in_batch")
-    first, *_ = judge([tied], known_errors({"running_average": 2.0, "previous": 1.0, "in_batch": 0.1}))
-    assert first.estimator == "previous"
+    cell = METHODS.index((16.0, "previous")), SIZES.index(4)
+    spread = np.array([-1, 1, -1, 1])
+    for where, winner in ((cell, "running_average"), ((METHODS.index((16.0, "running_average")), cell[1]), "previous")):
+        loss = tied.loss.copy()
+        loss[where] *= np.exp(0.4 + 2 * spread)  # far behind in one place, and nowhere sure
+        first, *_, last = judge([dataclasses.replace(tied, loss=loss)], known_errors(EVEN))
+        assert (first.estimator, last.estimator) == (winner, "in_batch") and first.worst < 0.2
 
 
 def test_a_run_that_diverged_counts_before_all_else() -> None:
