@@ -91,7 +91,7 @@ def test_the_lowest_loss_wins() -> None:
     assert (
         (first.score, third.score) == pytest.approx((0.0, 0.2))
         and first.ln_loss == pytest.approx(-2)
-        and third.behind == pytest.approx(0.2) == third.low == third.high
+        and third.behind.value == pytest.approx(0.2) == third.behind.low == third.behind.high
     )
 
 
@@ -104,15 +104,23 @@ def test_tasks_weigh_alike() -> None:
     assert (first.estimator, first.ln_loss) == ("previous", pytest.approx(-2 + 0.005))
 
 
-def test_a_tie_is_decided_by_the_worst_cell() -> None:
-    tied = imaginary({"running_average": 0.001, "previous": 0.0, "in_batch": 0.5}, noise=0.1)
-    cell = METHODS.index((16.0, "previous")), SIZES.index(4)
-    spread = np.array([-1, 1, -1, 1])
-    for where, winner in ((cell, "running_average"), ((METHODS.index((16.0, "running_average")), cell[1]), "previous")):
-        loss = tied.loss.copy()
-        loss[where] *= np.exp(0.4 + 2 * spread)  # far behind in one place, and nowhere sure
-        first, *_, last = judge([dataclasses.replace(tied, loss=loss)], known_errors(EVEN))
-        assert (first.estimator, last.estimator) == (winner, "in_batch") and first.worst < 0.2
+def test_a_tie_is_decided_by_the_cells_that_are_lost() -> None:
+    """The mean leaves it open, since one cell moves with the seeds; elsewhere the difference is small, and sure."""
+    tied = imaginary({"running_average": 0.0, "previous": 0.02, "in_batch": 0.5})
+    for behind, ahead in (("running_average", "previous"), ("previous", "running_average")):
+        loss = imaginary({ahead: 0.0, behind: 0.02, "in_batch": 0.5}).loss
+        loss[METHODS.index((64.0, ahead)), SIZES.index(4)] *= np.exp(0.3 + np.array([-2, 2, -2, 2]))
+        first, second, last = judge([dataclasses.replace(tied, loss=loss)], known_errors(EVEN))
+        assert (first.estimator, second.estimator, last.estimator) == (ahead, behind, "in_batch")
+        assert first.ln_loss > second.ln_loss and first.lost == 0 < second.lost
+
+
+def test_infinite_r_is_not_judged() -> None:
+    at_infinity = imaginary({"running_average": 0.0, "previous": 0.1, "in_batch": 0.2})
+    for m, (r, _) in enumerate(METHODS):
+        if r == math.inf:
+            at_infinity.loss[m] *= 10.0 if METHODS[m][1] == "running_average" else 1.0
+    assert judge([at_infinity], known_errors(EVEN))[0].estimator == "running_average"
 
 
 def test_a_run_that_diverged_counts_before_all_else() -> None:
