@@ -65,7 +65,8 @@ class BatchInvariantAdam(ExampleOptimizer):
     learning curve against examples stays, until the step itself grows too long for the loss surface.
 
     R > B cannot be had from one batch (nor can R > 1 from one example): `gradstats.optim.moment` says how mu^2 is
-    estimated there. This keeps one more buffer, q~; all other settings keep Adam's two.
+    estimated there. This keeps two more buffers, q~ and the mean gradient before, or with the other estimators only q~;
+    all other settings keep Adam's two.
 
     Arguments:
         lr, betas, eps, weight_decay, amsgrad, maximize: torch.optim.AdamW's, as tuned at `batch_size`. The default
@@ -76,7 +77,7 @@ class BatchInvariantAdam(ExampleOptimizer):
         source: what s averages: "second_moment" v_R; "variance" s2/R; "mean_square" v_inf; "squared_batch_mean" m^2,
             ordinary Adam's, which depends on the batch size and needs no statistics. Where statistics are of a part
             (attach(..., every=k, fraction=f)), "variance" is refused.
-        estimator: of mu^2 where R > B: "running_average", "previous" or "in_batch".
+        estimator: of mu^2 where R > B: "previous", "running_average" or "in_batch".
         average: of units.py, for both: "debiased_ewma" as above, "ewma", "mean", or "slides", w = B / min(E, N) with
             N = batch_size / (1 - beta).
         denominator: "adam" as above, or "slides", lr m~ / (1 + sqrt(s)/eps): lr is then that of SGD, which is its limit
@@ -111,7 +112,7 @@ class BatchInvariantAdam(ExampleOptimizer):
         *,
         amsgrad: bool = False,
         source: str = "second_moment",
-        estimator: str = "running_average",
+        estimator: str = "previous",
         denominator: str = "adam",
         decoupled_weight_decay: bool = True,
         compiled: bool | None = None,

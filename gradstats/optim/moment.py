@@ -6,8 +6,9 @@ With m the mean gradient, q the second moment and s2 the unbiased variance of a 
 
 For R > B this is negative at times, and for B = 1 there is no variance. Then mu^2 is estimated by one of
 
-    "running_average"   v = q/R + (1 - 1/R) m m~     the product with the running average before this batch
     "previous"          v = q/R + (1 - 1/R) m m'     the product with the mean gradient of the batch before
+    "running_average"   v = q/R + (1 - 1/R) m m~     the product with the running average before this batch: less noise,
+                                                     and less than mu^2 while the gradient turns
     "in_batch"          v_R as it is, where B > 1
 
 and the average s is floored at q~/R, which is valid since mu^2 + sigma^2/R >= (mu^2 + sigma^2)/R. For R = inf this

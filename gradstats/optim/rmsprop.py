@@ -101,7 +101,7 @@ class BatchInvariantRMSprop(ExampleOptimizer):
     With exponent 1/2 the step has the unit of lr, whatever the parameter's; with exponent 1, lr times g/sigma^2 has the
     parameter's own unit if lr has the loss's, so that the training of c u in place of p does not depend on c (eps = 0).
 
-    For R > B, `gradstats.optim.moment` says how mu^2 is estimated; this keeps m~ and one more buffer. What is centered
+    For R > B, `gradstats.optim.moment` says how mu^2 is estimated; this keeps two more buffers. What is centered
     is then floored at (q~ - m~^2)/R.
 
     Arguments:
@@ -140,7 +140,7 @@ class BatchInvariantRMSprop(ExampleOptimizer):
         *,
         reference_batch_size: float | str | None = None,
         source: str = "second_moment",
-        estimator: str = "running_average",
+        estimator: str = "previous",
         exponent: float = 0.5,
         eps_inside: bool = False,
         average: str = "ewma",

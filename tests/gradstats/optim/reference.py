@@ -22,7 +22,7 @@ class Adam:
         batch_size,
         reference,
         source="second_moment",
-        estimator="running_average",
+        estimator="previous",
         average="debiased_ewma",
         amsgrad=False,
         denominator="adam",

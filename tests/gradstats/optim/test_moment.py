@@ -15,7 +15,7 @@ INF = float("inf")
 
 DEFAULTS = {
     "source": "second_moment",
-    "estimator": "running_average",
+    "estimator": "previous",
     "average": "debiased_ewma",
     "amsgrad": False,
     "denominator": "adam",
@@ -25,7 +25,7 @@ DEFAULTS = {
 @pytest.mark.parametrize(
     ("r", "options"),
     [
-        *((r, {"estimator": estimator}) for r in (1, 8, 100, INF) for estimator in ("previous", "in_batch")),
+        *((r, {"estimator": estimator}) for r in (1, 8, 100, INF) for estimator in ("running_average", "in_batch")),
         *((r, {"average": average}) for r in (1, 100) for average in ("mean", "ewma", "slides")),
         *((r, {"source": "variance", "estimator": e}) for r in (1, 8) for e in ("running_average", "previous")),
         (8, {"source": "mean_square"}),

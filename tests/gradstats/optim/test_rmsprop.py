@@ -66,7 +66,7 @@ class Twin:
         self.weight_decay, self.momentum = options.get("weight_decay", 0), options.get("momentum", 0)
         self.centered, self.exponent = options.get("centered", False), options.get("exponent", 0.5)
         self.inside, self.source = options.get("eps_inside", False), options.get("source", "second_moment")
-        self.estimator, self.average = options.get("estimator", "running_average"), options.get("average", "ewma")
+        self.estimator, self.average = options.get("estimator", "previous"), options.get("average", "ewma")
         self.e = self.e_m = self.e_q = 0
         self.s = self.m = self.q = self.v = torch.zeros_like(p)
         self.previous = None
