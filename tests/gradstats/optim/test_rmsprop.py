@@ -180,8 +180,8 @@ def test_follows_its_equations(r, options, sizes):
     [
         ([16], {}, {"exp_avg_sq"}),
         ([16], {"centered": True, "momentum": 0.9}, {"exp_avg_sq", "exp_avg", "momentum_buffer"}),
-        ([16, 4], {}, {"exp_avg_sq", "exp_avg", "exp_avg_q"}),
-        ([16, 4], {"estimator": "previous"}, {"exp_avg_sq", "previous", "exp_avg_q"}),
+        ([16, 4], {}, {"exp_avg_sq", "previous", "exp_avg_q"}),
+        ([16, 4], {"estimator": "running_average"}, {"exp_avg_sq", "exp_avg", "exp_avg_q"}),
         ([16, 4, 1], {"estimator": "in_batch"}, {"exp_avg_sq", "exp_avg", "exp_avg_q"}),
         ([16, 4], {"source": "variance"}, {"exp_avg_sq"}),
     ],
