@@ -1,0 +1,1 @@
+"""What a training step will take, computed without taking it: tensors have shapes here, and no numbers."""
