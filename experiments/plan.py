@@ -3,8 +3,8 @@
 python -m experiments.plan experiment=digits world_size=8
 python -m experiments.plan experiment=gpu_gpt2 train.batch_size=256 world_size=8 parallel=fsdp
 
-Takes what experiments.train takes, and how many ranks share the batch: world_size (1) and parallel, ddp (or fsdp). Nothing
-is allocated: a model of billions of parameters takes seconds. Written to outputs/plan.json and outputs/plan.md.
+Takes what experiments.train takes, and how many ranks share the batch: world_size (1) and parallel (ddp, or fsdp).
+Nothing is allocated: a model of billions of parameters takes seconds. Written to outputs/plan.json and outputs/plan.md.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import torch
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -80,6 +81,7 @@ def plan(config: Config, ranks: Ranks) -> Plan:
             "a study is many runs: give one of them, as experiment=digits with optimizer= and train.batch_size="
         )
     every = config.engine.every
+    torch.set_num_threads(config.hardware.threads)
     with FakeTensorMode():
         one = setting(config, ranks.world_size, ranks.parallel is Parallel.fsdp)
         step = plain(one.model, one.loss)
@@ -154,8 +156,9 @@ def of_flops(found: Plan) -> Table:
     ]
     ratio = (total.plain + total.matmuls) / total.plain
     told = (
-        "Of forward and backward of a rank. Plain: torch's own count of matmuls, convolutions and attention; beside it, "
-        f"by formula, matmuls and squares of statistics. Matmuls are {ratio:.3f} times the plain step's. {expected(found)}"
+        "Of forward and backward of a rank. Plain: matmuls, convolutions and attention, as torch counts them; beside it, "
+        "by formula, matmuls and squares of statistics. "
+        f"Matmuls are {ratio:.3f} times the plain step's. {expected(found)}"
     )
     return Table("FLOPs", told, ["layers", "plain", "matmuls", "squares"], rows, (len(rows) - 1,))
 

@@ -48,8 +48,8 @@ class Call(NamedTuple):
 
 @dataclass
 class Layer:
-    """temporary: bytes beside what plain torch takes while the layer is differentiated; waiting: bytes from then on until
-    the step is over."""
+    """temporary: bytes beside what plain torch takes while the layer is differentiated; waiting: bytes from then on
+    until the step is over."""
 
     call: Call
     works: list[Work]

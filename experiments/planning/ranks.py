@@ -4,16 +4,17 @@ DDP: a rank has all of everything, buckets of all gradients, and where statistic
 gradients and sums are reduced together: those that are shaped like the parameters, and a few counts, which are left out
 here.
 
-FSDP2 (fully_shard of every block, then of the model): a rank has 1/W of parameters, gradients, sums and optimizer state,
-cut along the first dimension. Whole there are the parameters outside of blocks; those of a block and of the one fetched
-ahead, and the gradients of a block twice, as they are and in the order in which they are sent, or at the end as much of
-what is outside of blocks; of sums, those of one layer. Parameters of blocks are gathered twice a step, the others once.
+FSDP2 (fully_shard of every block, then of the model): a rank has 1/W of parameters, gradients, sums and optimizer
+state, cut along the first dimension. Whole there are the parameters outside of blocks; those of a block and of the one
+fetched ahead, and the gradients of a block twice, as they are and in the order in which they are sent, or at the end as
+much of what is outside of blocks; of sums, those of one layer. Parameters of blocks are gathered twice a step, the
+others once.
 All these need not be at the time of the peak: what is told is at most that much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -21,11 +22,6 @@ from torch import Tensor, nn
 from experiments.planning.layers import Layer
 from experiments.planning.setting import Setting
 from experiments.planning.trace import Step, peak, shard
-from gradstats.optim.base import ExampleOptimizer
-from gradstats.optim.elementwise import BLOCK, SMALL
-
-TEMPORARIES = 5  # tensors of a block that a step in plain torch has beside what it is given
-JOINED = 5  # of small parameters put together, beside copies of all that it is given
 
 
 def nbytes(tensors: Collection[Tensor], shards: int = 1) -> int:
@@ -52,36 +48,11 @@ def memory(setting: Setting, step: Step, layers: Sequence[Layer]) -> Memory:
     sums = sum(nbytes(setting.sums_of(p), shards) for p in parameters)
     state = sum(size * nbytes([p], shards) // max(1, p.nbytes) for p, size in setting.state().items())
     in_backward = peak(setting.model, setting.loss, layers, setting.sums_of, shards)
-    in_step = gradients + sums + optimizer_step(setting)
+    in_step = setting.step()
     rules = max((layer.temporary for layer in layers), default=0) + sum(layer.waiting for layer in layers)
     together = communication(setting)
-    total = held + state + together + max(in_backward, in_step)
-    return Memory(held, gradients, sums, state, step.kept, max(rules, optimizer_step(setting)), together, total)
-
-
-def optimizer_step(setting: Setting) -> int:
-    """Bytes of temporaries of ours in plain torch; compiled kernels, ours or torch's, have none.
-
-    Small parameters are put together, large ones taken block by block (gradstats.optim.elementwise)."""
-    optimizer = setting.optimizer
-    if not isinstance(optimizer, ExampleOptimizer) or optimizer.path.startswith("compiled"):
-        return 0
-    sizes = [shard(p, setting.shards).numel() for p in setting.parameters]
-    group = optimizer.param_groups[0]
-    update = optimizer.update(group, setting.batch_size, optimizer.state[setting.parameters[0]])
-    columns = 2 + len(update.reads) + len(update.buffers)
-    small = largest_together(size for size in sizes if size <= SMALL)
-    large = min(max((size for size in sizes if size > SMALL), default=0), BLOCK * setting.threads)
-    return 4 * max((columns + JOINED) * small, TEMPORARIES * large)
-
-
-def largest_together(sizes: Iterable[int]) -> int:
-    """Parameters are put together until there is more than SMALL of them."""
-    together = largest = 0
-    for size in sizes:
-        together = size if together > SMALL else together + size
-        largest = max(largest, together)
-    return largest
+    total = held + state + together + max(in_backward, gradients + sums + in_step)
+    return Memory(held, gradients, sums, state, step.kept, max(rules, in_step), together, total)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

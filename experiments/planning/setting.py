@@ -19,13 +19,21 @@ from experiments.errors import UserError
 from experiments.models import build_model
 from experiments.optimizers import build_optimizer, read_statistics
 from experiments.planning.layers import Spec
+from experiments.planning.live import Live
+from experiments.planning.trace import clear
 from experiments.schemas.data import DataConfig, ImagesConfig, TokensConfig
 from experiments.schemas.optimizer import MicrobatchAdamWConfig
 from experiments.schemas.run import Config
 from gradstats.optim.base import ExampleOptimizer
-from gradstats.optim.found import allocate
+from gradstats.optim.elementwise import run
+from gradstats.optim.found import Found, allocate
+from gradstats.optim.parts import parts_of
 from gradstats.statistics import statistic_of
 from gradstats.sums import SUMS, RawSum
+from gradstats.window import Window
+
+PLAIN = "plain torch"  # of an optimizer's path
+STAND_INS = {"step": 1.0, "factor": 1.0}  # for scalars that take the numbers of all parameters
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,6 @@ class Setting:
     rows: int
     world_size: int
     sharded: bool
-    threads: int
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -87,21 +94,41 @@ class Setting:
 
     def state(self) -> dict[Tensor, int]:
         """Bytes that the optimizer keeps, by parameter."""
-        if isinstance(self.optimizer, ExampleOptimizer):
-            for group in self.optimizer.param_groups:
-                for p in group["params"]:
-                    state = self.optimizer.state[p]
-                    state["step"] = torch.tensor(0)
-                    allocate(p, state, self.optimizer.update(group, self.batch_size, state))
+        optimizer = self.optimizer
+        if isinstance(optimizer, ExampleOptimizer):
+            for found in self.found(optimizer):
+                update = optimizer.update(optimizer.param_groups[found.group], self.batch_size, found.state)
+                allocate(found.parameter, found.state, update)
         else:
             for p in self.parameters:
                 p.grad = torch.zeros_like(p)
-            self.optimizer.step()
-            for p in self.parameters:
-                p.grad = None
-        return {
-            p: sum(t.nbytes for t in self.optimizer.state[p].values() if isinstance(t, Tensor)) for p in self.parameters
-        }
+            optimizer.step()
+        clear(self.model)
+        return {p: sum(t.nbytes for t in optimizer.state[p].values() if isinstance(t, Tensor)) for p in self.parameters}
+
+    def found(self, optimizer: ExampleOptimizer) -> list[Found]:
+        """What a first step would find."""
+        found = []
+        for index, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                p.grad, state = torch.zeros_like(p), optimizer.state[p]
+                state.setdefault("step", torch.tensor(0))
+                sums = dict(zip(self.sums, self.sums_of(p), strict=True))
+                found.append(Found(index, p, state, Window(sums, p.grad, self.batch_size, "mean", p.numel())))
+        return found
+
+    def step(self) -> int:
+        """Bytes that the optimizer's step has beside what it is given and keeps: none where it is one kernel."""
+        optimizer = self.optimizer
+        if not isinstance(optimizer, ExampleOptimizer) or not optimizer.path.startswith(PLAIN):
+            return 0
+        with torch.no_grad():
+            parts = parts_of(optimizer, self.found(optimizer), loss_scale=1.0)
+            with Live(known=[t for part in parts for column in part.columns.values() for t in column]) as live:
+                for part in parts:
+                    run(part.update, "both", part.columns, STAND_INS | part.scalars, compiled=False)
+        clear(self.model)
+        return live.peak
 
 
 def setting(config: Config, world_size: int, sharded: bool) -> Setting:
@@ -110,7 +137,7 @@ def setting(config: Config, world_size: int, sharded: bool) -> Setting:
     B = config.train.batch_size
     if world_size < 1:
         raise UserError(f"world_size={world_size} must be positive")
-    if B < world_size:
+    if world_size > B:
         raise UserError(
             f"train.batch_size={B} is the batch of all {world_size} ranks together: give each of them an example"
         )
@@ -118,7 +145,7 @@ def setting(config: Config, world_size: int, sharded: bool) -> Setting:
         raise UserError("formulas are of engine=fused and all examples: engine=fused engine.fraction=1")
     if isinstance(config.optimizer, MicrobatchAdamWConfig):
         raise UserError(f"optimizer={config.optimizer.name}: formulas are of statistics of examples")
-    rows, threads = ceil(B / world_size), config.hardware.threads
+    rows = ceil(B / world_size)
     with torch.utils._python_dispatch._disable_current_modes():
         examples = examples_of(config.data, rows)
     model = build_model(config.model, tuple(examples.x.shape[1:]), examples.classes, examples.discrete)
@@ -130,4 +157,4 @@ def setting(config: Config, world_size: int, sharded: bool) -> Setting:
         with torch.autocast("cpu", torch.bfloat16) if config.hardware.bf16 else nullcontext():
             return F.cross_entropy(model(examples.x.make()).flatten(0, -2), examples.y.make().flatten())
 
-    return Setting(model, optimizer, loss, tuple(dict.fromkeys(needs)), B, rows, world_size, sharded, threads)
+    return Setting(model, optimizer, loss, tuple(dict.fromkeys(needs)), B, rows, world_size, sharded)

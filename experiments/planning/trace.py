@@ -1,8 +1,8 @@
 """A training step on tensors without memory: what it takes plainly, and with statistics.
 
 Plain torch is not computed by formulas: its own operations run, and are counted. What statistics add to memory is put
-where their layers are differentiated: sums shaped like the parameters, and what the layers' prices say. Models are made,
-and all this is called, under FakeTensorMode.
+where their layers are differentiated: sums shaped like the parameters, and what the layers' prices say. Models are
+made, and all this is called, under FakeTensorMode.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ IDS = 5 * 8  # bytes for each id: sorted, their order, which are the first, and 
 
 
 class Work(NamedTuple):
-    """gradient: FLOPs of the gradient itself, which plain torch computes too, at so many `positions` an example; matmuls
-    and squares: FLOPs beside it; temporary: bytes while the sums are made."""
+    """gradient: FLOPs of the gradient itself, which plain torch computes too, at so many `positions` an example;
+    matmuls and squares: FLOPs beside it; temporary: bytes while the sums are made."""
 
     form: str
     positions: int = 1

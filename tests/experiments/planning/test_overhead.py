@@ -18,6 +18,12 @@ def test_what_was_recorded_is_what_is_expected(workload: str) -> None:
         assert prices().overhead(*traced(workload)) == pytest.approx(ratio(measured(), workload), abs=0.05)
 
 
+@pytest.mark.parametrize("workload", [workload for of in OF_FORM.values() for workload in of])
+def test_prices_explain_what_they_come_from(workload: str) -> None:
+    with FakeTensorMode():
+        assert prices().overhead(*traced(workload)) == pytest.approx(ratio(measured(), workload), abs=0.002)
+
+
 def test_without_a_record_there_is_no_price(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overhead.record, "records", list)
     with pytest.raises(UserError, match="has no run on a CPU: python -m experiments.benchmark --record"):
