@@ -156,8 +156,8 @@ def of_flops(found: Plan) -> Table:
     ]
     ratio = (total.plain + total.matmuls) / total.plain
     told = (
-        "Of forward and backward of a rank. Plain: matmuls, convolutions and attention, as torch counts them; beside it, "
-        "by formula, matmuls and squares of statistics. "
+        "Of forward and backward of a rank. Plain: matmuls, convolutions and attention, as torch counts them; beside "
+        "it, by formula, matmuls and squares of statistics. "
         f"Matmuls are {ratio:.3f} times the plain step's. {expected(found)}"
     )
     return Table("FLOPs", told, ["layers", "plain", "matmuls", "squares"], rows, (len(rows) - 1,))

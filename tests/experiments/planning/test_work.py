@@ -22,6 +22,8 @@ from experiments.planning.work import work
 from gradstats import native
 from gradstats.choice import unmeasured
 from gradstats.forms.dense import Dense
+from gradstats.forms.outer import OuterSum
+from gradstats.joint import look
 
 SQUARES = ("sum_of_squares",)
 B = 5
@@ -105,6 +107,15 @@ def test_squares_are_those_of_what_is_formed() -> None:
     with unmeasured():
         assert counted(model, x, squared) - plainly == weight.squares == 2 * B * 600 * 100
     assert bias.squares == 2 * B * 100
+
+
+def test_a_head_waits_with_its_values_where_the_embedding_is_looked_up() -> None:
+    make, draw = CASES["gpt, tied"]
+    x = draw()
+    _, layers = traced(make, x, SQUARES)
+    head = OuterSum(torch.randn(B, 8, 50), torch.randn(B, 8, 16))
+    _, looked = look(head, x, SQUARES)
+    assert {layer.call.name: layer.waiting for layer in layers if layer.waiting} == {"head": looked.h.nbytes}
 
 
 def test_plain_flops_of_layers_leave_attention() -> None:
