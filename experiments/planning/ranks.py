@@ -1,8 +1,8 @@
 """What a rank holds and sends.
 
-DDP: a rank has all of everything, buckets of all gradients, and where statistics are gathered flat copies in which
-gradients and sums are reduced together: those that are shaped like the parameters, and a few counts, which are left out
-here.
+DDP: a rank has all of everything, and buckets of all gradients; where statistics are gathered, flat copies of these
+too, in which they are reduced together with the sums that are shaped like the parameters. (A few counts that go along
+are left out here.)
 
 FSDP2 (fully_shard of every block, then of the model): a rank has 1/W of parameters, gradients, sums and optimizer
 state, cut along the first dimension. Whole there are the parameters outside of blocks; those of a block and of the one
@@ -66,8 +66,7 @@ def communication(setting: Setting) -> int:
     if setting.world_size == 1:
         return 0
     if not setting.sharded:
-        gradients, sums = nbytes(setting.parameters), elementwise(setting)
-        return gradients + (gradients + sums if sums else 0)
+        return nbytes(setting.parameters) * (2 if setting.elementwise else 1)
     of_blocks = [nbytes(list(block.parameters())) for block in blocks(setting.model)]
     root = nbytes(setting.parameters) - sum(of_blocks)
     return root + max(4 * max(of_blocks, default=0), 2 * root)

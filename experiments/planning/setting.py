@@ -153,8 +153,11 @@ def setting(config: Config, world_size: int, sharded: bool) -> Setting:
     detail = ("second_moment", "norms") if config.tracker.detail else ()
     needs = [raw.name for name in (*read_statistics(optimizer), *detail) for raw in statistic_of(name).needs]
 
+    # Plain autocast keeps what it casts of the parameters during the forward; attached layers cast by themselves.
+    low = torch.autocast("cpu", torch.bfloat16, cache_enabled=not needs)
+
     def loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16) if config.hardware.bf16 else nullcontext():
+        with low if config.hardware.bf16 else nullcontext():
             return F.cross_entropy(model(examples.x.make()).flatten(0, -2), examples.y.make().flatten())
 
     return Setting(model, optimizer, loss, tuple(dict.fromkeys(needs)), B, rows, world_size, sharded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,7 @@ from experiments.errors import UserError
 from experiments.models import build_model
 from experiments.optimizer_benchmark import METHODS
 from experiments.planning.layers import price
+from experiments.planning.live import Live
 from experiments.planning.ranks import Memory, Traffic, elementwise, memory, traffic
 from experiments.planning.setting import Setting, examples_of, setting
 from experiments.planning.trace import plain
@@ -37,6 +39,12 @@ from gradstats.handle import handle_of
 CPU = torch.device("cpu")
 RANKS = 4
 GPT = ("data=topics", "data.limit=400", "model=gpt", "model.width=64", "model.tied=true")
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage() -> None:
+    """What another test has left would be freed in the middle of a measurement."""
+    gc.collect()
 
 
 def planned(config: Config, world_size: int = 1, sharded: bool = False) -> tuple[Memory, list[Traffic]]:
@@ -59,6 +67,7 @@ def composed(*overrides: str) -> Config:
         (("model=convnet",), 64),
         (GPT, 8),
         ((*GPT, "model.checkpoint=true", "optimizer.reference_batch_size=64"), 16),
+        ((*GPT, "model.checkpoint=true", "hardware.bf16=true"), 8),
         (("optimizer=adam", "model.widths=[512,512]", "model.dropout=0"), 16),
     ],
 )
@@ -174,6 +183,9 @@ def test_buckets_of_plain_torch() -> None:
     assert sent == [Traffic("all-reduce", sum(reduced), 0)]
     assert found.peak - found.optimizer_state == pytest.approx(meter.peak, rel=0.02)
     assert found.communication == sum(reduced)
+    # Sums lie in copies of the buckets.
+    gathered, _ = planned(gpt(4 * RANKS), RANKS)
+    assert gathered.communication == 2 * sum(reduced)
 
 
 @pytest.mark.parametrize("overrides", [(), ("hardware.bf16=true",), ("tracker.detail=true",)])
@@ -203,6 +215,18 @@ def test_a_rank_has_its_share_of_the_batch() -> None:
     for name in ("parameters", "gradients", "statistics", "optimizer_state"):
         assert getattr(several, name) == getattr(alone, name)
         assert getattr(alone, name) / 4 <= getattr(sharded, name) < getattr(alone, name) / 3.5
+
+
+def test_only_plain_autocast_keeps_what_it_casts() -> None:
+    low, peaks = (*GPT, "model.checkpoint=true", "hardware.bf16=true"), []
+    for optimizer in ("adam", "batch_invariant_adam"):
+        with FakeTensorMode():
+            one = setting(composed(*low, f"optimizer={optimizer}"), 1, False)
+            with Live(known=one.parameters) as live:
+                one.loss()
+            peaks.append(live.peak)
+    cast = 2 * sum(m.weight.numel() for m in one.model.modules() if isinstance(m, nn.Linear))
+    assert cast / 2 < peaks[0] - peaks[1] <= cast  # of what is at work both have a copy
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10"])
