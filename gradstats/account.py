@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from gradstats.distributed.totals import Totals
 from gradstats.errors import CoverageError, LifetimeError, MissingStatistic
 from gradstats.gradient import Left, fresh, untouched
 from gradstats.sums import SUMS, RawSum, accumulation_dtype
@@ -90,6 +91,9 @@ class Account:
         self._hooks: list[Any] = []
         self._returned: list[tuple[Tensor, int]] = []  # gradients in the backward under way, with their versions
         self.left: Left | None = None  # p.grad when it was last accumulated
+        self.totals: Totals | None = None  # over all ranks
+        self.elsewhere = 0  # examples of other ranks, or of what else is counted, that are in them
+        self.told = 0  # the first generation that other ranks have not been told of
         self._explained = False  # the gradient that arrived last was the leaf's
         self._cast_seen = False
 
@@ -250,15 +254,24 @@ class Account:
         self.units.clear()
         self.first = first
         self.unseen = False
+        self.totals, self.elsewhere = None, 0
 
     # Reading
 
     @property
     def batch_size(self) -> int:
         """Examples in this window, or what else is counted as one."""
-        if self.handle.granularity != "example":
-            return sum(self.units.values())
-        return sum(size for generation, size in self.handle.lifetime.sizes.items() if generation >= self.first)
+        return sum(self._sizes(self.first).values()) + self.elsewhere
+
+    @property
+    def unsent_count(self) -> int:
+        """Those of this process that other ranks have not been told of."""
+        return sum(self._sizes(max(self.first, self.told)).values())
+
+    def _sizes(self, first: int) -> dict[int, int]:
+        """By generation from `first` on, in order."""
+        sizes = self.handle.lifetime.sizes if self.handle.granularity == "example" else self.units
+        return {generation: sizes[generation] for generation in sorted(sizes) if generation >= first}
 
     @property
     def gathered(self) -> bool:
@@ -279,16 +292,39 @@ class Account:
                 f"backward passes, or is older than attach. Call zero_grad() before the first backward pass, clip with "
                 f"the optimizer's max_norm, and apply penalties in the optimizer."
             )
+        if self.totals is not None and any(generation >= self.told for generation in self.generations):
+            raise LifetimeError(
+                f"the gradient of '{self.name}' is the average of {self.totals.ranks} ranks and, beside it, this "
+                f"rank's own of a backward pass under no_sync(). Read statistics after the next backward pass without"
+            )
 
     def value(self, kind: str) -> Tensor | None:
         """A raw sum over the window, or None if there is none."""
-        raw = SUMS[kind]
-        if raw.persistent:
-            s = self.shadows.get(kind)
-            return None if s is None else s.grad
-        steps = self.steps.get(kind)
-        sizes = self.handle.lifetime.sizes if self.handle.granularity == "example" else self.units
-        return raw.accumulate(steps, {g: sizes[g] for g in sorted(sizes) if g >= self.first}) if steps else None
+        return self.unsent(kind) if self.totals is None else self.totals.sums.get(kind)
+
+    def unsent(self, kind: str) -> Tensor | None:
+        """The same over what other ranks have not been told of: of one process, all."""
+        raw, steps, s = SUMS[kind], self.steps.get(kind), self.shadows.get(kind)
+        found = raw.accumulate(steps, self._sizes(max(self.first, self.told))) if steps else None
+        if s is None or s.grad is None:
+            return found
+        return s.grad if found is None else raw.merge(s.grad, found)
+
+    def receive(self, ranks: int, elsewhere: int, found: dict[str, Tensor], generation: int) -> None:
+        """p.grad is the average of all ranks, and these are the sums over all of them of what was not told before, up
+        to a generation: that of a backward pass which need not have reached the parameter on this rank."""
+        for s in self.shadows.values():
+            s.grad = None
+        self.steps.clear()
+        self.generations.add(generation)
+        self.told = generation + 1
+        self.elsewhere += elsewhere
+        if self.totals is None:
+            self.totals = Totals(ranks)
+        self.totals.add(found)
+        gradient = self.parameter.grad
+        assert gradient is not None
+        self.left = self.handle.note(gradient)
 
     def close(self) -> None:
         """Takes the hooks off the parameter."""

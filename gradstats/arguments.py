@@ -157,13 +157,13 @@ def changed(example: Tensor) -> Tensor:
     return torch.where(example > 0, example - 1, example)  # never above, where a table may end
 
 
-def count_examples(args: tuple, kwargs: dict[str, Any], example_dims: ExampleDims) -> int:
-    """How many examples a call has. Raises: CoverageError if no tensor tells."""
+def count_examples(args: tuple, kwargs: dict[str, Any], example_dims: ExampleDims, may_be_none: bool = False) -> int:
+    """How many examples a call has. Raises: CoverageError if no tensor tells, or for none unless there may be."""
     if args and type(args[0]) is Tensor and example_dims == 0 and args[0].dim() and args[0].shape[0]:
         return args[0].shape[0]
     count = Arguments(args, kwargs, example_dims).count
     if count is None:
         raise CoverageError("the model was called without a tensor that would tell the number of examples")
-    if count == 0:
+    if count == 0 and not may_be_none:
         raise CoverageError("the model got a batch without examples: skip it")
     return count

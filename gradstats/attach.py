@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradstats.arguments import ExampleDims
 from gradstats.caller import LEAF
@@ -125,7 +126,7 @@ def attach(
             )
         options["sampling"] = sampling
     handle = ENGINES[engine](
-        model,
+        model.module if isinstance(model, DistributedDataParallel) else model,
         statistics or ("second_moment",),
         loss_reduction,
         ignore=ignore,

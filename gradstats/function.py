@@ -92,7 +92,8 @@ class LeafFunction(torch.autograd.Function):
             else:
                 gradients, sums = {name: c.gradient() for name, c in contributions.items()}, {}
         if counts and call.used:
-            call.leaf.record(call.used, call.batch_size, call.generation, gradients, sums)
+            unshadowed = {key: value for key, value in sums.items() if key not in call.slots}
+            call.leaf.record(call.used, call.batch_size, call.generation, gradients, unshadowed)
         returned = *grad_input, *(gradients.get(name) for name in call.names)
         return None, *(sums.get(slot) for slot in call.slots), *(None,) * call.links, *returned, None
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gradstats.clipping import clip, recognise
+from gradstats.distributed.counts import Counts
+from gradstats.distributed.exchange import Exchange, active, exchange_of
 from gradstats.errors import GradstatsError, LifetimeError, MissingStatistic
 from gradstats.gradient import Left, fresh
 from gradstats.loss_scale import LossScale, includes
@@ -62,9 +64,9 @@ class Handle(Readable):
                 raise GradstatsError(f"two statistics are called {statistic.name!r}: give one of them another name")
         raws = [raw for statistic in self.statistics.values() for raw in statistic.needs]
         self.needs = tuple(dict.fromkeys(register(raw) for raw in raws))
-        # Sums that autograd adds up over accumulation steps, as gradients of shadows, and those that we keep a step.
-        self.shadowed = tuple(need for need in self.needs if SUMS[need].persistent)
-        self.stepwise = tuple(need for need in self.needs if not SUMS[need].persistent)
+        self.additive = tuple(need for need in self.needs if SUMS[need].persistent)
+        self.others = tuple(need for need in self.needs if not SUMS[need].persistent)
+        self.exchange: Exchange | None = None  # with other processes
         self.loss_scale: LossScale | None = None
         self.follows_clipping = False
         self.statistics_dtype: torch.dtype | None = None
@@ -99,6 +101,10 @@ class Handle(Readable):
     @abstractmethod
     def has(self, name: str) -> bool:
         """Whether a parameter has statistics."""
+
+    def averaged(self, name: str) -> float:
+        """Over how many ranks p.grad and the sums of one parameter are; 1 in one process."""
+        return 1
 
     @property
     def gathered(self) -> bool:
@@ -189,6 +195,38 @@ class Handle(Readable):
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+    # With other processes
+
+    def look_around(self) -> Exchange | None:
+        """In every forward: is it one of a DistributedDataParallel, whose ranks put their statistics together?"""
+        ddp = active()
+        if ddp is None:
+            return None
+        exchange = exchange_of(ddp)
+        if self.exchange is not exchange:
+            exchange.add(self)
+            self.exchange = exchange
+        exchange.expect(ddp)
+        return exchange
+
+    def unsent(self, name: str, kind: str) -> Tensor | None:
+        """A raw sum over what other ranks have not been told of yet, None if there is none. Engines that work with
+        DistributedDataParallel have this and the next three."""
+        raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
+
+    def unsent_count(self, name: str) -> int:
+        """How many of what is counted as one that sum is over."""
+        raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
+
+    def unsent_examples(self) -> tuple[int, int, bool]:
+        """Examples that other ranks have not been told of, in how many backward passes, and whether their sums are
+        gathered."""
+        raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
+
+    def receive(self, ranks: int, counts: Counts, found: dict[tuple[str, str], Tensor]) -> None:
+        """Takes over what all ranks had not told of: counts, and sums by parameter and key. p.grad is their average."""
+        raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
 
     # Clipping
 
@@ -281,7 +319,8 @@ class Handle(Readable):
                     f"stats.clip_grad_norm_(max_norm); where a trainer clips, attach(..., follow_clipping=True); name "
                     f"a GradScaler, attach(..., grad_scaler=scaler); or read this statistic before."
                 )
-            return Window(sums, gradient, size, self.loss_reduction, parameter.numel(), 1.0, 1.0, factor, fraction)
+            elements, ranks = parameter.numel(), self.averaged(name)
+            return Window(sums, gradient, size, self.loss_reduction, elements, 1.0, 1.0, factor, fraction, ranks)
 
         return window
 

@@ -74,7 +74,7 @@ class Leaf:
         """Makes the shadows ahead of a compilation, which takes them for inputs."""
         for account in self.accounts.values():
             if account.present:
-                for kind in self.handle.shadowed:
+                for kind in self.handle.additive:
                     account.shadow_of(kind)
 
     @property
@@ -117,7 +117,7 @@ class Leaf:
                     f"and is not any more: detach(), and attach the model again"
                 )
         checked(self.prefix, fallback.check if self.rule is None else self.rule.check, self.module)
-        if not self.handle.lifetime.gathers:
+        if n == 0 or not self.handle.lifetime.gathers:
             return self._plain(kind, args, kwargs, n)
         if self.rule is None:
             return self._vmapped(kind, args, kwargs, n)
@@ -292,11 +292,11 @@ class Leaf:
         return torch._C._will_engine_execute_node(self._accumulator)
 
     def record(self, used: Mapping[str, Use], n: int, generation: int, gradients: Gradients, sums: Sums) -> None:
-        """Called by the Function's backward before anything is accumulated."""
+        """Called by the Function's backward before anything is accumulated, with the sums that have no shadow."""
         reached = [use for name, use in used.items() if name in gradients or use.collects]
         self.handle.lifetime.begin_backward(self.title, reached, n, generation)
         for name, use in used.items():
-            own = {kind: sums[name, kind] for kind in self.handle.stepwise if (name, kind) in sums}
+            own = {kind: value for (owner, kind), value in sums.items() if owner == name}
             use.account.record(generation, gradients.get(name), use.uses.units if use.collects else 0, own)
 
 

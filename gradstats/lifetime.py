@@ -22,19 +22,23 @@ from gradstats.sampling import Sampling, Turns, tell_of_steps
 
 if TYPE_CHECKING:
     from gradstats.account import Account
+    from gradstats.distributed.counts import Counts
+    from gradstats.engines.fused import FusedHandle
     from gradstats.function import Use
 
 
 class Lifetime:
     """The current window of one attached model, and what is under way."""
 
-    def __init__(self, accounts: list[Account], sampling: Sampling):
-        self.accounts, self.sampling = accounts, sampling
+    def __init__(self, handle: FusedHandle, accounts: list[Account], sampling: Sampling):
+        self.handle, self.accounts, self.sampling = handle, accounts, sampling
         self.turns = Turns(sampling.every)
         if sampling.every > 1:
             tell_of_steps(self)
         self.sizes: dict[int, int] = {}  # generation -> examples backpropagated, in this window
         self.plain: set[int] = set()  # those of these generations that were not gathered
+        self.elsewhere = 0  # examples of other ranks in this window
+        self.told = 0  # the first generation that other ranks have not been told of
         self._drawn: dict[int, Tensor] = {}  # by generation, the examples drawn in the backward pass under way
         self.generation = 0
         self.first_open = 0  # the first generation after the last backward pass
@@ -95,6 +99,11 @@ class Lifetime:
     def gathers(self) -> bool:
         """Whether the forward under way does, or the part of it that is recomputed in a backward pass."""
         return self._gathers if self.started and in_backward() else self.turns.gathers
+
+    @property
+    def passes_gather(self) -> bool:
+        """Whether the backward pass under way gathers, or the last one did."""
+        return self._gathers
 
     @property
     def passes_plainly(self) -> bool:
@@ -159,8 +168,8 @@ class Lifetime:
             account.begin_use(self.backward_passes, self.first_open)
 
     def begin_plain(self, title: str, accounts: Sequence[Account], n: int, generation: int) -> None:
-        """The same as `begin_backward` for a leaf's call that gathers nothing."""
-        self._reach(title, accounts, n, generation, gathers=False)
+        """The same as `begin_backward` for a leaf's call that gathers nothing, as it does not without examples."""
+        self._reach(title, accounts, n, generation, gathers=n == 0 and self.turns.gathers)
         for account in accounts:
             account.generations.add(generation)
 
@@ -185,10 +194,25 @@ class Lifetime:
         of torch.autograd.grad, which gathers no statistics."""
         self._suspicions.append((torch._C._current_graph_task_id(), account, error))
 
+    @property
+    def unsent_examples(self) -> int:
+        """Those that other ranks have not been told of."""
+        return sum(size for generation, size in self.sizes.items() if generation >= self.told)
+
+    def receive(self, counts: Counts) -> int:
+        """The ranks have told each other: the last generation that is known to all."""
+        generation = max(self.sizes, default=self.generation)
+        self.told = generation + 1
+        self.elsewhere += counts.elsewhere(counts.examples)
+        if not counts.gathered:
+            self.plain.add(generation)
+        return generation
+
     def zero(self) -> None:
         """A new window begins."""
         self.sizes.clear()
         self.plain.clear()
+        self.elsewhere = 0
         for account in self.accounts:
             account.reset(first=0)
 
@@ -207,6 +231,8 @@ class Lifetime:
         self._ended.add(task)
         if not self._tasks:
             self._close()
+            if self.handle.exchange is not None:
+                self.handle.exchange.ended()
 
     def _close(self) -> None:
         errors = [e for task, account, e in self._suspicions if task in self._ended and account.generations]

@@ -46,6 +46,8 @@ def opened(call: Tensor, token: Tensor, n: int) -> None:
     # A mutation: an operator whose result only the backward uses would be moved there.
     leaf = _leaves[int(token)]
     lifetime = leaf.handle.lifetime
+    if (exchange := leaf.handle.look_around()) is not None:
+        exchange.rides = False  # the graph has shadows, whose gradients may come after the parameters'
     if lifetime.examples not in (None, n):
         raise CoverageError(
             f"{leaf.title} got {n} rows where the batch has {lifetime.examples} examples, and was compiled without the "

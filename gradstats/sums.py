@@ -7,7 +7,8 @@ how results merge: over the blocks of a parameter, and over accumulation steps. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -76,6 +77,12 @@ class RawSum(ABC):
         """One result from two, of other blocks or of other accumulation steps."""
         return a + b
 
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """One result from those of several accumulation steps, or ranks, in their order."""
+        if self.per == "example":
+            return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+        return reduce(self.merge, parts)
+
     @property
     def key(self) -> str:
         """Tells it from other raw sums; equal keys mean equal results."""
@@ -107,17 +114,13 @@ class RawSum(ABC):
         """
         if self.per == "example":
             zeros = next(iter(steps.values())).new_zeros
-            return torch.cat([steps[g] if g in steps else zeros(size, *self.trailing) for g, size in sizes.items()])
+            return self.joined([steps[g] if g in steps else zeros(size, *self.trailing) for g, size in sizes.items()])
         if self.per == "pair" and len(sizes) > 1:
             raise LifetimeError(
                 f"{self.name!r} pairs examples of one backward pass, but {len(sizes)} were accumulated: read it after "
                 f"each of them and call zero_grad(), or use 'projection', whose inner products estimate it."
             )
-        results = list(steps.values())
-        total = results[0]
-        for result in results[1:]:
-            total = self.merge(total, result)
-        return total
+        return self.joined(list(steps.values()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles register again: the process that reads them may know the class only."""

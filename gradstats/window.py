@@ -4,7 +4,7 @@ Contributions add up over accumulation steps, so leaves only ever keep raw sums;
 on reading.
 
     g_b = scale c_b          scale = B for a mean loss, 1 for a sum loss; under GradScaler, over the loss's scale;
-                             times f where the gradient was clipped
+                             times f where the gradient was clipped; over W where it is an average over W ranks
     m   = scale/B sum c_b    mean gradient
 """
 
@@ -28,6 +28,7 @@ class Window(NamedTuple):
     `loss_scale` is what a GradScaler multiplied the loss by, and `gradient_scale` what `gradient` still carries of it.
     `factor` is what `gradient` was multiplied by since the backward pass, where that is followed; `sums` were not.
     `fraction`: the part of the examples that `sums` are of, on average.
+    `ranks`: over how many of them `gradient` is the average; `sums` add up what each had.
     """
 
     sums: Mapping[str, Tensor]
@@ -39,11 +40,13 @@ class Window(NamedTuple):
     gradient_scale: float = 1.0
     factor: float = 1.0
     fraction: float = 1.0
+    ranks: float = 1
 
     @property
     def scale(self) -> float:
         """g_b / c_b, for c_b as they are in `sums`."""
-        return self.factor * (self.batch_size if self.loss_reduction == "mean" else 1) / self.loss_scale
+        size = self.batch_size if self.loss_reduction == "mean" else 1
+        return self.factor * size / (self.loss_scale * self.ranks)
 
     @property
     def mean_scale(self) -> float:

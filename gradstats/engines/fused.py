@@ -20,6 +20,7 @@ from gradstats.account import Account
 from gradstats.arguments import Arguments, ExampleDims, count_examples, signature
 from gradstats.caller import LEAF, Caller
 from gradstats.coverage import ignored, table
+from gradstats.distributed.counts import Counts
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.gradient import Left
@@ -79,8 +80,9 @@ class FusedHandle(Handle):
 
     def _begin(self) -> None:
         self._names = {}
+        self.exchange = None
         self.probing: Forwards | None = None
-        self.lifetime = Lifetime(list(self.accounts.values()), self.sampling)
+        self.lifetime = Lifetime(self, list(self.accounts.values()), self.sampling)
 
     # Calls
 
@@ -117,9 +119,10 @@ class FusedHandle(Handle):
         """An outermost call begins; `lifetime.leave` is told of its end."""
         for norm in self.batch_norms:
             refuse_coupling(norm)
-        count = count_examples(args, kwargs, self.example_dims)
+        replicated = self.look_around() is not None
+        count = count_examples(args, kwargs, self.example_dims, may_be_none=replicated)
         self.lifetime.look_ahead()
-        if self.lifetime.gathers:
+        if self.lifetime.gathers and count:
             self._probe_once(module, args, kwargs)
         self.lifetime.enter(module, count)
 
@@ -156,7 +159,7 @@ class FusedHandle(Handle):
         return any(p is other for other in self.ignored.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_names", "probing", "lifetime", "calls", "due")
+        left = ("_names", "exchange", "probing", "lifetime", "calls", "due")
         return {key: value for key, value in self.__dict__.items() if key not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -237,6 +240,34 @@ class FusedHandle(Handle):
             unswap(module)
         self.leaves, self.callers, self.accounts = [], [], {}
 
+    # With other processes
+
+    @property
+    def shadowed(self) -> tuple[str, ...]:
+        """Sums that autograd adds up over accumulation steps, as gradients of shadows. None where ranks exchange them
+        when gradients are accumulated: autograd may do that before it has accumulated the shadow's."""
+        return self.additive if self.exchange is None else ()
+
+    def averaged(self, name: str) -> float:
+        totals = self.accounts[name].totals
+        return 1 if totals is None else totals.ranks
+
+    def unsent(self, name: str, kind: str) -> Tensor | None:
+        return self.accounts[name].unsent(kind)
+
+    def unsent_count(self, name: str) -> int:
+        return self.accounts[name].unsent_count
+
+    def unsent_examples(self) -> tuple[int, int, bool]:
+        return self.lifetime.unsent_examples, 0, self.lifetime.passes_gather
+
+    def receive(self, ranks: int, counts: Counts, found: dict[tuple[str, str], Tensor]) -> None:
+        generation = self.lifetime.receive(counts)
+        for name, counted in counts.counted.items():
+            if self.accounts[name].parameter.grad is not None:  # some rank has used it
+                own = {kind: value for (owner, kind), value in found.items() if owner == name}
+                self.accounts[name].receive(ranks, counts.elsewhere(counted), own, generation)
+
     # Reading
 
     def read(self, statistic: Wanted) -> ByParameter:
@@ -293,7 +324,7 @@ class FusedHandle(Handle):
 
     @property
     def batch_size(self) -> int:
-        return sum(self.lifetime.sizes.values())
+        return sum(self.lifetime.sizes.values()) + self.lifetime.elsewhere
 
     def coverage(self) -> str:
         rows, seen = [], set()

@@ -124,7 +124,7 @@ def parts_of(optimizer: ExampleOptimizer, found: Sequence[Found], loss_scale: fl
             growth = plan.update.growth
             ages = tuple([(name, int(state[f"{name}_step"]) + growth(name, b, waiting)) for name in plan.younger])
         numbers = tuple([float(state[name]) for name in plan.numbers]) if plan.numbers else ()
-        units = window.loss_reduction, window.factor, window.loss_scale, window.gradient_scale
+        units = window.loss_reduction, window.factor, window.loss_scale, window.gradient_scale, window.ranks
         key = (before, waiting, ages, numbers, units, p.device)
         of_part = parts.get(key)
         if of_part is None:
