@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from gradstats.distributed.totals import Totals
+from gradstats.distributed.totals import Totals, unshared
 from gradstats.errors import CoverageError, LifetimeError, MissingStatistic
 from gradstats.gradient import Left, fresh, untouched
 from gradstats.sums import SUMS, RawSum, accumulation_dtype
@@ -293,10 +293,7 @@ class Account:
                 f"the optimizer's max_norm, and apply penalties in the optimizer."
             )
         if self.totals is not None and any(generation >= self.told for generation in self.generations):
-            raise LifetimeError(
-                f"the gradient of '{self.name}' is the average of {self.totals.ranks} ranks and, beside it, this "
-                f"rank's own of a backward pass under no_sync(). Read statistics after the next backward pass without"
-            )
+            raise unshared(self.name, self.totals.ranks)
 
     def value(self, kind: str) -> Tensor | None:
         """A raw sum over the window, or None if there is none."""
@@ -322,9 +319,7 @@ class Account:
         if self.totals is None:
             self.totals = Totals(ranks)
         self.totals.add(found)
-        gradient = self.parameter.grad
-        assert gradient is not None
-        self.left = self.handle.note(gradient)
+        self.left = self.handle.note_average(self.parameter)
 
     def close(self) -> None:
         """Takes the hooks off the parameter."""

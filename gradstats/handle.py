@@ -6,7 +6,7 @@ import difflib
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ def handle_of(parameter: Tensor) -> Handle | None:
 
 class Handle(Readable):
     """Statistics of the per-example gradients of one model. Made by `gradstats.attach`; a context manager detaches."""
+
+    counts_early: ClassVar[bool] = True  # within a backward pass it is known how many examples that goes through
 
     def __init__(
         self,
@@ -182,6 +184,13 @@ class Handle(Readable):
     def note(self, gradient: Tensor) -> Left:
         """What is kept of p.grad after a backward pass."""
         return Left(gradient, self.reads_gradient, self.follows_clipping)
+
+    def note_average(self, parameter: Tensor) -> Left:
+        """The same once ranks have averaged p.grad."""
+        assert parameter.grad is not None
+        if self.loss_scale is not None:
+            self.loss_scale.averaged(parameter, parameter.grad)
+        return self.note(parameter.grad)
 
     def __repr__(self) -> str:
         asked = [*self.statistics]

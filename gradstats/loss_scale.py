@@ -76,13 +76,25 @@ class LossScale:
     def _accumulated(self, p: Tensor) -> None:
         if p.grad is None or p not in self._arrived:
             return
-        note, whole, scale = self._notes[p], self._arrived.pop(p), self._now(p.device)
+        note, whole = self._notes[p], self._arrived.pop(p)
         if whole is None:
-            true = torch.ones((), dtype=torch.bool, device=p.device)
-            self._notes[p] = Note(scale, true, true, largest(p.grad), state_of(p.grad))
+            self._notes[p] = self._noted(p, p.grad)
         else:
-            note.same, note.whole = note.same & (note.scale == scale), note.whole & whole
+            note.same, note.whole = note.same & (note.scale == self._now(p.device)), note.whole & whole
             note.largest, note.left = largest(p.grad), state_of(p.grad)
+
+    @torch.no_grad()
+    def averaged(self, p: Tensor, gradient: Tensor) -> None:
+        """Ranks have averaged p.grad since it was accumulated, which need not have been on this one."""
+        note = self._notes.get(p)
+        if note is None:
+            self._notes[p] = self._noted(p, gradient)
+        else:
+            note.largest, note.left = largest(gradient), state_of(gradient)
+
+    def _noted(self, p: Tensor, gradient: Tensor) -> Note:
+        true = torch.ones((), dtype=torch.bool, device=p.device)
+        return Note(self._now(p.device), true, true, largest(gradient), state_of(gradient))
 
     def _now(self, device: torch.device) -> Tensor:
         task = torch._C._current_graph_task_id()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -23,7 +24,7 @@ class Counts:
     counted: dict[str, list[int]]  # by parameter: examples, or what else has one contribution
 
     @staticmethod
-    def table(handle: Handle, names: list[str], rank: int, ranks: int) -> Tensor:
+    def table(handle: Handle, names: Collection[str], rank: int, ranks: int) -> Tensor:
         """The column of this rank, zeros elsewhere: summed over ranks, the table of all."""
         numbers = [*handle.unsent_examples(), *(handle.unsent_count(name) for name in names)]
         table = torch.zeros(len(numbers), ranks, dtype=torch.float64)
@@ -31,7 +32,7 @@ class Counts:
         return table
 
     @classmethod
-    def of(cls, table: Tensor, names: list[str], rank: int) -> Self:
+    def of(cls, table: Tensor, names: Collection[str], rank: int) -> Self:
         """From the table of all. Waits for the device."""
         examples, passes, gathers, *counted = table.round().long().tolist()
         return cls(rank, examples, passes, gathers, dict(zip(names, counted, strict=True)))
@@ -41,9 +42,10 @@ class Counts:
         """Whether all ranks that have examples gather their sums."""
         return all(gathers for n, gathers in zip(self.examples, self.gathers, strict=True) if n)
 
-    @property
-    def any_gathers(self) -> bool:
-        return any(self.gathers)
+    def sizes_elsewhere(self, passes: list[int]) -> list[float]:
+        """Examples of every backward pass of the other ranks, of which each had so many."""
+        rows = zip(self.examples, self.passes, passes, strict=True)
+        return [n / all_ for rank, (n, all_, m) in enumerate(rows) if rank != self.rank for _ in range(m)]
 
     def elsewhere(self, numbers: list[int]) -> int:
         """The sum over the other ranks."""

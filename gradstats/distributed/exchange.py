@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.variable import Variable
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,7 +49,6 @@ class Exchange:
         own = ddp.module.named_parameters()
         self._averaged = {id(p) for name, p in own if p.requires_grad and name not in ddp.parameters_to_ignore}
         self._handles: list[weakref.ref[Handle]] = []
-        self._owners: dict[int, list[tuple[Handle, str]]] = {}  # by parameter
         self._parcels: list[Parcel] = []  # of the backward pass under way, in the order of its buckets
         self._due = False  # that pass averages gradients
         self._warned = False
@@ -71,30 +71,31 @@ class Exchange:
         self._handles.append(weakref.ref(handle))
 
     def expect(self, ddp: DistributedDataParallel) -> None:
-        """A forward is under way: DDP decides by it whether the backward pass averages gradients."""
-        if not self._hooked and ddp.require_backward_grad_sync:
+        """A forward is under way: DDP decides by it whether the backward pass averages gradients. Without a hook of
+        ours there is nothing else to tell."""
+        if self._hooked:
+            self._due = False  # of a backward pass that was cut short by an exception
+        elif ddp.require_backward_grad_sync:
             self._due = True
 
     @property
     def handles(self) -> list[Handle]:
         return [handle for reference in self._handles if (handle := reference()) is not None]
 
-    def names(self, handle: Handle) -> list[str]:
+    def averaged(self, handle: Handle) -> dict[str, nn.Parameter]:
         """The parameters of a handle whose gradients DDP averages."""
-        return [name for name, p in handle.parameters().items() if id(p) in self._averaged]
+        return {name: p for name, p in handle.parameters().items() if id(p) in self._averaged}
 
     # In the backward pass
 
+    @torch.no_grad()
     def average(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """What DDP does with a bucket, (1/W) sum_r of its gradients; and the sums over ranks of what goes along."""
         if bucket.index() == 0:
-            self._parcels, self._owners = [], {}
-            for handle in self.handles:
-                for name in self.names(handle):
-                    self._owners.setdefault(id(handle.parameter(name)), []).append((handle, name))
+            self._parcels = []
         gradient = bucket.buffer().div_(self.ranks)
         along = self._along(bucket) if self.rides and not gradient.is_sparse else {}
-        parcel = packed(along, before=gradient) if along else Parcel(gradient, {}, gradient.numel())
+        parcel = packed(along, before=gradient) if along else Parcel(gradient, {}, 0)
         self._parcels.append(parcel)
         if bucket.is_last():
             self._due = True
@@ -106,18 +107,17 @@ class Exchange:
     def _along(self, bucket: dist.GradBucket) -> dict[Slot, Tensor]:
         """What goes with a bucket; the same slots on every rank."""
         along: dict[Slot, Tensor] = {}
-        dtype = bucket.buffer().dtype
-        for p in bucket.parameters():
-            for handle, name in self._owners.get(id(p), ()):
-                if handle.every == 1:
-                    kinds = [kind for kind in handle.additive if SUMS[kind].dtype(p.dtype) == dtype]
-                    along |= {Slot(handle, name, kind): unsent(handle, name, kind) for kind in kinds}
-        if bucket.is_last():
-            along |= {Slot(handle): self._counts(handle) for handle in self.handles}
+        dtype, within = bucket.buffer().dtype, {id(p) for p in bucket.parameters()}
+        for handle in self.handles:
+            if handle.every == 1:
+                members = {name: p for name, p in self.averaged(handle).items() if id(p) in within}
+                along |= {slot: value for slot, value in sums(handle, members).items() if value.dtype == dtype}
+            if bucket.is_last() and handle.counts_early:
+                along[Slot(handle)] = self._table(handle)
         return along
 
-    def _counts(self, handle: Handle) -> Tensor:
-        return Counts.table(handle, self.names(handle), self.rank, self.ranks)
+    def _table(self, handle: Handle) -> Tensor:
+        return Counts.table(handle, self.averaged(handle), self.rank, self.ranks)
 
     # After it
 
@@ -136,27 +136,23 @@ class Exchange:
         for parcel in self._parcels:
             found |= parcel.opened()
         self._parcels, handles = [], self.handles
-        late = {Slot(handle): self._counts(handle) for handle in handles if Slot(handle) not in found}
-        late |= self._sums([handle for handle in handles if handle.every == 1], found)
-        found |= self._reduced(late)
-        counts = {handle: Counts.of(found.pop(Slot(handle)), self.names(handle), self.rank) for handle in handles}
-        gathers = [handle for handle in handles if counts[handle].any_gathers]
-        found |= self._reduced(self._sums(gathers, found))
-        found |= self._gathered(gathers, counts)
+        tables = {Slot(handle): self._table(handle) for handle in handles if Slot(handle) not in found}
+        found |= self._reduced(tables | self._left([handle for handle in handles if handle.every == 1], found))
+        counts = {h: Counts.of(found.pop(Slot(h)), self.averaged(h), self.rank) for h in handles}
+        gathering = [handle for handle in handles if any(counts[handle].gathers)]
+        found |= self._reduced(self._left(gathering, found))
+        found |= self._gathered(gathering, counts)
         for handle in handles:
             self._warn(handle, counts[handle])
-            handle.receive(
-                self.ranks, counts[handle], {(s.name, s.kind): v for s, v in found.items() if s.handle is handle}
-            )
+            own = {(slot.name, slot.kind): value for slot, value in found.items() if slot.handle is handle}
+            handle.receive(self.ranks, counts[handle], own)
 
-    def _sums(self, handles: list[Handle], found: dict[Slot, Tensor]) -> dict[Slot, Tensor]:
+    def _left(self, handles: Iterable[Handle], found: Collection[Slot]) -> dict[Slot, Tensor]:
         """Sums over examples that have not gone with the gradients."""
-        slots = [
-            Slot(handle, name, kind) for handle in handles for name in self.names(handle) for kind in handle.additive
-        ]
-        return {slot: unsent(*slot) for slot in slots if slot not in found}
+        every = {slot: value for handle in handles for slot, value in sums(handle, self.averaged(handle)).items()}
+        return {slot: value for slot, value in every.items() if slot not in found}
 
-    def _reduced(self, contents: dict[Slot, Tensor]) -> dict[Slot, Tensor]:
+    def _reduced(self, contents: Mapping[Slot, Tensor]) -> dict[Slot, Tensor]:
         """Summed over ranks."""
         if not contents:
             return {}
@@ -164,16 +160,15 @@ class Exchange:
         dist.all_reduce(parcel.flat, group=self.group)
         return parcel.opened()
 
-    def _gathered(self, handles: list[Handle], counts: dict[Handle, Counts]) -> dict[Slot, Tensor]:
+    def _gathered(self, handles: Iterable[Handle], counts: Mapping[Handle, Counts]) -> dict[Slot, Tensor]:
+        """What is not a sum over examples, of all ranks."""
         items = {}
         for handle in handles:
-            for name in self.names(handle):
-                p = handle.parameters()[name]
-                for kind in handle.others:
-                    raw = SUMS[kind]
+            for name, p in self.averaged(handle).items():
+                for raw in (SUMS[kind] for kind in handle.others):
                     shapes = [raw.shape(count, tuple(p.shape)) for count in counts[handle].counted[name]]
-                    mine = handle.unsent(name, kind)
-                    items[Slot(handle, name, kind)] = Item(raw, mine, shapes, raw.dtype(p.dtype), p.device)
+                    mine = handle.unsent(name, raw.key)
+                    items[Slot(handle, name, raw.key)] = Item(raw, mine, shapes, raw.dtype(p.dtype), p.device)
         return gathered(items, self.group, self.ranks) if items else {}
 
     def _warn(self, handle: Handle, counts: Counts) -> None:
@@ -195,10 +190,16 @@ def average(exchange: Exchange, bucket):
     return exchange.average(bucket)
 
 
-def unsent(handle: Handle, name: str, kind: str) -> Tensor:
-    """What a rank adds to a sum, zeros if it has nothing to add."""
-    found, p = handle.unsent(name, kind), handle.parameters()[name]
-    return torch.zeros_like(p, dtype=SUMS[kind].dtype(p.dtype)) if found is None else found
+def sums(handle: Handle, parameters: Mapping[str, nn.Parameter]) -> dict[Slot, Tensor]:
+    """What a rank adds to the sums over examples: zeros where it has nothing to add."""
+    found = {}
+    for name, p in parameters.items():
+        for kind in handle.additive:
+            own = handle.unsent(name, kind)
+            found[Slot(handle, name, kind)] = (
+                torch.zeros_like(p, dtype=SUMS[kind].dtype(p.dtype)) if own is None else own
+            )
+    return found
 
 
 _exchanges: weakref.WeakKeyDictionary[DistributedDataParallel, Exchange] = weakref.WeakKeyDictionary()
@@ -208,7 +209,7 @@ def active() -> DistributedDataParallel | None:
     """The DistributedDataParallel of several ranks whose forward is under way."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    # What torch.compile asks, too: there is no public way to tell.
+    # What torch.compile asks too: there is no public way to tell.
     ddp = DistributedDataParallel._get_active_ddp_module()
     return ddp if ddp is not None and dist.get_world_size(ddp.process_group) > 1 else None
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from gradstats.errors import LifetimeError
 from gradstats.sums import SUMS
 
 
@@ -20,3 +21,11 @@ class Totals:
         """Those of one exchange more. Examples follow each other by exchange, then by rank."""
         for key, value in found.items():
             self.sums[key] = SUMS[key].joined([self.sums[key], value]) if key in self.sums else value
+
+
+def unshared(name: str, ranks: int) -> LifetimeError:
+    """A gradient that no statistics go with."""
+    return LifetimeError(
+        f"the gradient of '{name}' is the average of {ranks} ranks and, beside it, this rank's own of a backward pass "
+        f"under no_sync(). Read statistics after the next backward pass without it"
+    )

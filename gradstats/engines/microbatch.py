@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from gradstats.arguments import ExampleDims
+from gradstats.distributed.counts import Counts
 from gradstats.engines.outside import ESTIMATED, OutsideHandle
 from gradstats.engines.passes import Forwards, Pass
 from gradstats.errors import GradstatsError, LifetimeError
@@ -82,6 +83,15 @@ class MicrobatchHandle(OutsideHandle):
         c, found = self.of_one(name, gradient)
         return found | {GRADIENT.key: wide(c)} if self.granularity == "example" else found
 
+    def receive(self, ranks: int, counts: Counts, found: dict[tuple[str, str], Tensor]) -> None:
+        super().receive(ranks, counts, found)
+        for name in counts.counted:
+            gradient = self.parameters()[name].grad
+            if gradient is not None and self.granularity == "example":
+                of_all = self._sums[name].of_all
+                assert of_all is not None
+                of_all.sums[GRADIENT.key] = wide(gradient.to_dense()) * ranks
+
     def new_examples(self) -> None:
         self._forwards.new_examples()
 
@@ -92,10 +102,11 @@ class MicrobatchHandle(OutsideHandle):
         b, m = self._size(sizes), len(sizes)
         if self.granularity == "microbatch":
             return found, m
-        whole = self._sums[name].totals[GRADIENT.key].square()
+        own = self._sums[name]
+        whole = (own.totals if own.of_all is None else own.of_all.sums)[GRADIENT.key].square()
         return {need: of_examples(need, found[need], whole, b, m) for need in needs}, b * m
 
-    def _size(self, sizes: list[int]) -> int:
+    def _size(self, sizes: list[float]) -> int:
         """b. Raises: LifetimeError if micro-batches differ in it."""
         found = sorted(set(sizes))
         if len(found) > 1:
@@ -109,7 +120,7 @@ class MicrobatchHandle(OutsideHandle):
                 f"every backward pass is one micro-batch, and these were over {found[0]} examples, not over "
                 f"microbatch_size={self._declared_size}: backpropagate as many at a time, or use engine='fused'"
             )
-        return found[0]
+        return int(found[0])
 
     def zero(self) -> None:
         super().zero()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradstats.arguments import ExampleDims
 from gradstats.contribution import Contribution
 from gradstats.coverage import table
+from gradstats.distributed.exchange import active
 from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
 from gradstats.forms.dense import Dense
 from gradstats.gradient import Left, fresh, untouched
@@ -68,6 +69,11 @@ class OpacusHandle(Handle):
                 self.hooks.append(p.register_post_accumulate_grad_hook(lambda p, name=name: self._remember(name, p)))
 
     def _refuse_evaluation(self, model: nn.Module, args: tuple) -> None:
+        if active() is not None:
+            raise CoverageError(
+                "Opacus knows the gradients of this rank's examples, and DistributedDataParallel averages those of "
+                "all ranks: use engine='fused'"
+            )
         if torch.is_grad_enabled() and not model.training:
             raise CoverageError(
                 "Opacus captures in training mode only: call model.train(), torch.no_grad(), or use engine='fused'"

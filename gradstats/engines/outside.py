@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gradstats.coverage import ignored, table
+from gradstats.distributed.counts import Counts
+from gradstats.distributed.totals import Totals, unshared
 from gradstats.engines.passes import Pass, Passes
 from gradstats.errors import CoverageError, GradstatsError, LifetimeError, MissingStatistic
 from gradstats.forms.dense import Dense
@@ -35,6 +37,9 @@ class Sums:
     steps: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # sums with an entry a pass
     left: Left | None = None  # p.grad after the last pass
     unseen: bool = False  # p.grad holds more than the passes added
+    of_all: Totals | None = None  # over all ranks, up to the pass `told`
+    elsewhere: list[float] = field(default_factory=list)  # examples of every pass of other ranks in it
+    told: int = 0
 
     def add(self, index: int, found: dict[str, Tensor]) -> None:
         for key, value in found.items():
@@ -48,6 +53,7 @@ class OutsideHandle(Handle):
     """Gathers raw sums over backward passes, each of which adds one gradient to every parameter."""
 
     engine: ClassVar[str]
+    counts_early = False
     call: ClassVar[str]  # what backpropagates
     unseen: ClassVar[str]  # why p.grad may hold more than the passes added
 
@@ -72,6 +78,8 @@ class OutsideHandle(Handle):
             raise CoverageError(f"{type(model).__name__} has no trainable parameters")
         self._count = 0  # backward passes so far
         self._sizes: dict[int, int] = {}  # examples of each of them in this window
+        self._elsewhere = 0  # examples of other ranks in this window
+        self._told = 0  # the last pass that other ranks have been told of
         self._sums: dict[str, Sums] = {}
         self._passes = Passes(self, self._ignored)
 
@@ -108,6 +116,12 @@ class OutsideHandle(Handle):
         with no_autocast(gradient.device.type):
             return contribution.sums(self.needs)
 
+    def found_in(self, under_way: Pass, name: str) -> dict[str, Tensor]:
+        """The same for a backward pass, found once."""
+        if name not in under_way.found:
+            under_way.found[name] = self.found(name, under_way.arrived[name].to_dense())
+        return under_way.found[name]
+
     @torch.no_grad()
     def commit(self, ended: Pass) -> None:
         """Adds a backward pass. Raises: LifetimeError, and forgets all, if its examples cannot be told."""
@@ -121,14 +135,14 @@ class OutsideHandle(Handle):
             raise
         self._count += 1
         self._sizes[self._count] = examples
-        for name, gradient in ended.arrived.items():
+        for name in ended.arrived:
             if name not in self._sums:
                 self._sums[name] = Sums(min(self._sizes))  # earlier passes did not reach it
             elif name in ended.began:
                 self._sums[name] = Sums(self._count)  # its gradient was zeroed, and others were not
             sums = self._sums[name]
             sums.unseen |= name in ended.changed
-            sums.add(self._count, self.found(name, gradient.to_dense()))
+            sums.add(self._count, self.found_in(ended, name))
             grad = self.parameters()[name].grad
             sums.left = None if grad is None else self.note(grad)
 
@@ -142,7 +156,7 @@ class OutsideHandle(Handle):
         self.check(entries.statistic)
         return entries
 
-    def over_passes(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], list[int]]:
+    def over_passes(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], list[float]]:
         """Raw sums of one parameter, and the examples of each backward pass that they are over. Raises:
         MissingStatistic if there are none; LifetimeError if p.grad is not what these passes added."""
         if self._passes.current is not None:
@@ -158,14 +172,65 @@ class OutsideHandle(Handle):
             )
         if own.unseen:
             raise LifetimeError(f"the gradient of '{name}' holds more than these statistics have seen: {self.unseen}")
-        sizes = {index: size for index, size in self._sizes.items() if index >= own.first}
-        found = {
-            need: SUMS[need].accumulate(own.steps[need], dict.fromkeys(sizes, 1))
-            if SUMS[need].per == "example"
-            else own.totals[need]
-            for need in needs
-        }
-        return found, list(sizes.values())
+        if own.of_all is not None and self._count > own.told:
+            raise unshared(name, own.of_all.ranks)
+        sizes = [size for index, size in self._sizes.items() if index >= own.first]
+        found = {need: value for need in needs if (value := self._sum(own, need)) is not None}
+        return found, [*sizes, *own.elsewhere]
+
+    def _sum(self, own: Sums, need: str) -> Tensor | None:
+        """A raw sum over the window."""
+        return self._own(own, need) if own.of_all is None else own.of_all.sums[need]
+
+    def _own(self, own: Sums, need: str) -> Tensor | None:
+        """The same of what other ranks have not been told of: of one process, all."""
+        if need in own.steps:
+            return SUMS[need].accumulate(own.steps[need], dict.fromkeys(self._unsent(own), 1))
+        return own.totals.get(need)
+
+    # With other processes
+
+    def _unsent(self, own: Sums | None) -> list[int]:
+        """Backward passes that are one parameter's, and that other ranks have not been told of."""
+        first = self._told + 1 if own is None else max(own.first, own.told + 1)
+        return [index for index in self._sizes if index >= first]
+
+    def averaged(self, name: str) -> float:
+        of_all = self._sums[name].of_all if name in self._sums else None
+        return 1 if of_all is None else of_all.ranks
+
+    def unsent(self, name: str, kind: str) -> Tensor | None:
+        own, under_way = self._sums.get(name), self._passes.current
+        if under_way is None or name not in under_way.arrived:
+            known = own is not None and bool(self._unsent(own)) and self.parameters()[name].grad is not None
+            return self._own(own, kind) if known and own is not None else None
+        new = self.found_in(under_way, name)[kind]
+        if own is None or name in under_way.began or kind not in own.totals:
+            return new
+        return SUMS[kind].merge(own.totals[kind], new)
+
+    def unsent_count(self, name: str) -> int:
+        return len(self._unsent(self._sums.get(name)))
+
+    def unsent_examples(self) -> tuple[int, int, bool]:
+        new = self._unsent(None)
+        return sum(self._sizes[index] for index in new), len(new), True
+
+    def receive(self, ranks: int, counts: Counts, found: dict[tuple[str, str], Tensor]) -> None:
+        for name, counted in counts.counted.items():
+            p = self.parameters()[name]
+            if p.grad is None:
+                continue
+            own = self._sums.setdefault(name, Sums(min(self._sizes, default=self._count)))
+            own.totals.clear()
+            own.steps.clear()
+            own.told = self._count
+            own.elsewhere += counts.sizes_elsewhere(counted)
+            own.of_all = own.of_all or Totals(ranks)
+            own.of_all.add({kind: value for (owner, kind), value in found.items() if owner == name})
+            own.left = self.note_average(p)
+        self._elsewhere += counts.elsewhere(counts.examples)
+        self._told = self._count
 
     def left(self, name: str) -> Left | None:
         return self._sums[name].left if name in self._sums else None
@@ -175,7 +240,7 @@ class OutsideHandle(Handle):
 
     @property
     def batch_size(self) -> int:
-        return sum(self._sizes.values())
+        return sum(self._sizes.values()) + self._elsewhere
 
     def coverage(self) -> str:
         rows = [(name, p, None, self.engine, "") for name, p in self.parameters().items()]
@@ -183,6 +248,7 @@ class OutsideHandle(Handle):
         return table(rows)
 
     def zero(self) -> None:
+        self._elsewhere = 0
         self._sizes.clear()
         self._sums.clear()
 

@@ -42,6 +42,7 @@ class Pass:
     arrived: dict[str, Tensor] = field(default_factory=dict)
     began: set[str] = field(default_factory=set)  # of these, with a gradient that was None or zeroed
     changed: set[str] = field(default_factory=set)  # of these, with a gradient that was changed since the last pass
+    found: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of these, sums that were asked for already
 
 
 class Passes:
@@ -89,6 +90,7 @@ class Passes:
     @torch.compiler.disable
     def _forward(self, *_: Any) -> None:
         if torch.is_grad_enabled():
+            self.handle.look_around()
             if in_backward():
                 self.watch()
                 self.follow()
@@ -127,6 +129,8 @@ class Passes:
         self.ended += 1
         if current.arrived:
             self.handle.commit(current)
+            if self.handle.exchange is not None:
+                self.handle.exchange.ended()
 
 
 class Forwards:

@@ -151,4 +151,4 @@ class RandomSignHandle(OutsideHandle):
 
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         found, sizes = self.over_passes(name, needs)
-        return found, sum(sizes)
+        return found, round(sum(sizes))
