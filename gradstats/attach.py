@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -80,8 +81,8 @@ def attach(
         probes: of engine "random_sign", backward passes beside that of the gradient. The more, the smaller the variance
             of the estimates: about 1/probes of that of one, and none from n - 1 on, n the power of two at or above B.
         generator: what the signs of engine "random_sign" and the examples of `fraction` are drawn from; None is one of
-            its own, seeded with 0, so that torch's global one is untouched. Give one and save its state, get_state(),
-            to resume a run exactly.
+            its own, seeded with the rank (0 of one process), so that torch's global one is untouched. Give one and save
+            its state, get_state(), to resume a run exactly.
         statistics_dtype: torch.bfloat16 permits to round the factors of matmuls that serve statistics alone and add up
             positive terms (squares and absolute values, of Linear layers without positions), where that is the fastest
             way; they are added up in float32. Such a sum is then off by 0.2%, by 3 2^-8 = 1.2% at most, and a variance
@@ -110,7 +111,8 @@ def attach(
             f"statistics_dtype={statistics_dtype} with engine={engine!r}: reduced precision is torch.bfloat16, which "
             f"has the range of float32, and for the matmuls of engine 'fused'"
         )
-    sampling = Sampling(every, fraction, generator or torch.Generator().manual_seed(0))
+    own = torch.Generator().manual_seed(dist.get_rank() if dist.is_available() and dist.is_initialized() else 0)
+    sampling = Sampling(every, fraction, generator or own)
     options: dict[str, Any] = {}
     if engine == "random_sign":
         options = {"probes": probes, "generator": generator}

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from gradstats.clipping import clip, recognise
 from gradstats.distributed.counts import Counts
-from gradstats.distributed.exchange import Exchange, active, exchange_of
+from gradstats.distributed.exchange import Exchange, active, enlist, exchange_of
 from gradstats.errors import GradstatsError, LifetimeError, MissingStatistic
 from gradstats.gradient import Left, fresh
 from gradstats.loss_scale import LossScale, includes
@@ -69,6 +69,8 @@ class Handle(Readable):
         self.additive = tuple(need for need in self.needs if SUMS[need].persistent)
         self.others = tuple(need for need in self.needs if not SUMS[need].persistent)
         self.exchange: Exchange | None = None  # with other processes
+        self.number = 0  # of all handles of this process
+        enlist(self)
         self.loss_scale: LossScale | None = None
         self.follows_clipping = False
         self.statistics_dtype: torch.dtype | None = None
@@ -171,6 +173,7 @@ class Handle(Readable):
             if handle_of(parameter) is self:
                 _handles.pop(parameter)
         self._names.clear()
+        self.exchange = None
         if self.loss_scale is not None:
             self.loss_scale.close()
 
@@ -213,9 +216,7 @@ class Handle(Readable):
         if ddp is None:
             return None
         exchange = exchange_of(ddp)
-        if self.exchange is not exchange:
-            exchange.add(self)
-            self.exchange = exchange
+        exchange.adopt()
         exchange.expect(ddp)
         return exchange
 
@@ -229,8 +230,8 @@ class Handle(Readable):
         raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
 
     def unsent_examples(self) -> tuple[int, int, bool]:
-        """Examples that other ranks have not been told of, in how many backward passes, and whether their sums are
-        gathered."""
+        """Examples that other ranks have not been told of, in how many backward passes (or forwards that these went
+        through), and whether their sums are gathered."""
         raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
 
     def receive(self, ranks: int, counts: Counts, found: dict[tuple[str, str], Tensor]) -> None:

@@ -195,9 +195,9 @@ class Lifetime:
         self._suspicions.append((torch._C._current_graph_task_id(), account, error))
 
     @property
-    def unsent_examples(self) -> int:
-        """Those that other ranks have not been told of."""
-        return sum(size for generation, size in self.sizes.items() if generation >= self.told)
+    def unsent(self) -> list[int]:
+        """The examples of every generation that other ranks have not been told of."""
+        return [size for generation, size in self.sizes.items() if generation >= self.told]
 
     def receive(self, counts: Counts) -> int:
         """The ranks have told each other: the last generation that is known to all."""

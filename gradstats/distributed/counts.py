@@ -19,7 +19,7 @@ class Counts:
 
     rank: int  # this one
     examples: list[int]
-    passes: list[int]  # backward passes
+    passes: list[int]  # backward passes, or forwards that they went through
     gathers: list[int]  # whether its sums are gathered: not in every window with attach(..., every=k)
     counted: dict[str, list[int]]  # by parameter: examples, or what else has one contribution
 
@@ -27,8 +27,8 @@ class Counts:
     def table(handle: Handle, names: Collection[str], rank: int, ranks: int) -> Tensor:
         """The column of this rank, zeros elsewhere: summed over ranks, the table of all."""
         numbers = [*handle.unsent_examples(), *(handle.unsent_count(name) for name in names)]
-        table = torch.zeros(len(numbers), ranks, dtype=torch.float64)
-        table[:, rank] = torch.tensor(numbers, dtype=torch.float64)
+        table = torch.zeros(len(numbers), ranks)  # in float32, exact up to 2^24
+        table[:, rank] = torch.tensor(numbers, dtype=torch.float32)
         return table
 
     @classmethod

@@ -14,7 +14,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import count
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gradstats.distributed.counts import Counts
 from gradstats.distributed.gathering import Item, gathered
 from gradstats.distributed.parcel import Parcel, packed
-from gradstats.errors import GradstatsError
-from gradstats.sums import SUMS
+from gradstats.errors import GradstatsError, LifetimeError
+from gradstats.sums import SUMS, accumulation_dtype
 
 if TYPE_CHECKING:
     from gradstats.handle import Handle
@@ -48,10 +49,10 @@ class Exchange:
         self.ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         own = ddp.module.named_parameters()
         self._averaged = {id(p) for name, p in own if p.requires_grad and name not in ddp.parameters_to_ignore}
-        self._handles: list[weakref.ref[Handle]] = []
         self._parcels: list[Parcel] = []  # of the backward pass under way, in the order of its buckets
         self._due = False  # that pass averages gradients
         self._warned = False
+        self._joins = False  # ranks may end earlier than others: torch's Join
         self.rides = True  # sums can go with the gradients
         try:
             ddp.register_comm_hook(self, average)
@@ -60,15 +61,25 @@ class Exchange:
         else:
             self._hooked = True
 
-    def add(self, handle: Handle) -> None:
-        """One attached model more. Raises: GradstatsError for statistics that ranks cannot put together."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a DistributedDataParallel has a reducer without hooks, and gets an exchange of its own."""
+        return object, ()
+
+    def adopt(self) -> None:
+        """Takes in all attached models with a parameter here, and not only those whose forward is reached: ranks must
+        agree on what they send. Raises: GradstatsError for statistics that ranks cannot put together."""
+        for handle in sorted(_attached, key=lambda handle: handle.number):
+            if handle.exchange is not self and self.averaged(handle):
+                self._check_statistics(handle)
+                handle.exchange = self
+
+    def _check_statistics(self, handle: Handle) -> None:
         for statistic in handle.statistics.values():
             if any(raw.per == "pair" for raw in statistic.needs):
                 raise GradstatsError(
                     f"{statistic.name!r} pairs the examples of all {self.ranks} ranks, and no rank has the gradients "
                     f"of another's: attach without it, or use 'projection', whose inner products estimate it"
                 )
-        self._handles.append(weakref.ref(handle))
 
     def expect(self, ddp: DistributedDataParallel) -> None:
         """A forward is under way: DDP decides by it whether the backward pass averages gradients. Without a hook of
@@ -77,10 +88,26 @@ class Exchange:
             self._due = False  # of a backward pass that was cut short by an exception
         elif ddp.require_backward_grad_sync:
             self._due = True
+        self._joins = ddp._join_config.enable
+        if self._joins:
+            for handle in self.handles:
+                self._check_join(handle)
+
+    def _check_join(self, handle: Handle) -> None:
+        """Ranks that have joined take part in what DDP sends, and in nothing else. Raises: GradstatsError."""
+        narrow = any(accumulation_dtype(p.dtype) != p.dtype for p in self.averaged(handle).values())
+        if narrow or handle.others or handle.every > 1 or not (self._hooked and self.rides and handle.counts_early):
+            raise GradstatsError(
+                "within torch's Join, statistics must go with the gradients: those that are sums over examples "
+                "(second_moment, variance), of parameters in float32 or wider, with engine='fused', every=1, without "
+                "torch.compile and without a communication hook of one's own. Else give every rank a batch in every "
+                "step, empty if need be, and multiply its mean loss by W B_r / B"
+            )
 
     @property
     def handles(self) -> list[Handle]:
-        return [handle for reference in self._handles if (handle := reference()) is not None]
+        """In the order in which they were attached."""
+        return sorted((handle for handle in _attached if handle.exchange is self), key=lambda handle: handle.number)
 
     def averaged(self, handle: Handle) -> dict[str, nn.Parameter]:
         """The parameters of a handle whose gradients DDP averages."""
@@ -112,7 +139,7 @@ class Exchange:
             if handle.every == 1:
                 members = {name: p for name, p in self.averaged(handle).items() if id(p) in within}
                 along |= {slot: value for slot, value in sums(handle, members).items() if value.dtype == dtype}
-            if bucket.is_last() and handle.counts_early:
+            if bucket.is_last() and handle.counts_early and torch.promote_types(dtype, torch.float32) == dtype:
                 along[Slot(handle)] = self._table(handle)
         return along
 
@@ -139,11 +166,12 @@ class Exchange:
         tables = {Slot(handle): self._table(handle) for handle in handles if Slot(handle) not in found}
         found |= self._reduced(tables | self._left([handle for handle in handles if handle.every == 1], found))
         counts = {h: Counts.of(found.pop(Slot(h)), self.averaged(h), self.rank) for h in handles}
+        for handle in handles:
+            self._check(handle, counts[handle])
         gathering = [handle for handle in handles if any(counts[handle].gathers)]
         found |= self._reduced(self._left(gathering, found))
         found |= self._gathered(gathering, counts)
         for handle in handles:
-            self._warn(handle, counts[handle])
             own = {(slot.name, slot.kind): value for slot, value in found.items() if slot.handle is handle}
             handle.receive(self.ranks, counts[handle], own)
 
@@ -171,8 +199,15 @@ class Exchange:
                     items[Slot(handle, name, raw.key)] = Item(raw, mine, shapes, raw.dtype(p.dtype), p.device)
         return gathered(items, self.group, self.ranks) if items else {}
 
-    def _warn(self, handle: Handle, counts: Counts) -> None:
-        """Once, if ranks had unequal numbers of examples of a mean loss."""
+    def _check(self, handle: Handle, counts: Counts) -> None:
+        """Warns once, if ranks had unequal numbers of examples of a mean loss. Raises, on all ranks: LifetimeError if
+        one has gone through no layer of the model, and so cannot know whether a new window has begun."""
+        absent = [rank for rank, passes in enumerate(counts.passes) if passes == 0]
+        if absent and not self._joins:
+            raise LifetimeError(
+                f"the backward pass of rank {absent[0]} went through no layer of the attached "
+                f"{type(handle.model).__name__}: attach the whole model, or use it on every rank"
+            )
         if self._warned or handle.loss_reduction != "mean" or len(set(counts.examples)) == 1:
             return
         self._warned = True
@@ -200,6 +235,16 @@ def sums(handle: Handle, parameters: Mapping[str, nn.Parameter]) -> dict[Slot, T
                 torch.zeros_like(p, dtype=SUMS[kind].dtype(p.dtype)) if own is None else own
             )
     return found
+
+
+_attached: weakref.WeakSet[Handle] = weakref.WeakSet()
+_numbers = count()
+
+
+def enlist(handle: Handle) -> None:
+    """A model is attached, or a copy of one is made."""
+    handle.number = next(_numbers)
+    _attached.add(handle)
 
 
 _exchanges: weakref.WeakKeyDictionary[DistributedDataParallel, Exchange] = weakref.WeakKeyDictionary()

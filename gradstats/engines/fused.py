@@ -21,6 +21,7 @@ from gradstats.arguments import Arguments, ExampleDims, count_examples, signatur
 from gradstats.caller import LEAF, Caller
 from gradstats.coverage import ignored, table
 from gradstats.distributed.counts import Counts
+from gradstats.distributed.exchange import enlist
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.gradient import Left
@@ -167,6 +168,7 @@ class FusedHandle(Handle):
         self.__dict__.update(state)
         self.calls, self.due = {}, {}
         self._begin()
+        enlist(self)
 
     def _walk(self, module: nn.Module, prefix: str, visited: set[int]) -> None:
         if id(module) in visited:
@@ -259,7 +261,8 @@ class FusedHandle(Handle):
         return self.accounts[name].unsent_count
 
     def unsent_examples(self) -> tuple[int, int, bool]:
-        return self.lifetime.unsent_examples, 0, self.lifetime.passes_gather
+        unsent = self.lifetime.unsent
+        return sum(unsent), len(unsent), self.lifetime.passes_gather
 
     def receive(self, ranks: int, counts: Counts, found: dict[tuple[str, str], Tensor]) -> None:
         generation = self.lifetime.receive(counts)

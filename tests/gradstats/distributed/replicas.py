@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gradstats
 from experiments.gpt import GPT
 from gradstats.histogram import Counts
+from gradstats.optim import BatchInvariantAdam
 
 N = 64  # examples of a problem
 # Of the menu, all but those that pair examples; cosine_similarity and gram do.
@@ -29,6 +30,7 @@ STATISTICS = (
     "histogram",
     "projection",
 )
+FEW = ("second_moment", "variance", "norms", "noise_scale")
 
 
 def mlp() -> nn.Module:
@@ -80,7 +82,7 @@ def share(rows: Any, sizes: Sequence[int] | None = None) -> Any:
 
 
 def ddp_of(model: nn.Module, **options: Any) -> DistributedDataParallel:
-    return DistributedDataParallel(model, bucket_cap_mb=0.0005, **options)  # several buckets
+    return DistributedDataParallel(model, bucket_cap_mb=0.0002, **options)  # several buckets
 
 
 def read(stats: gradstats.Handle, statistics: Sequence[str] = STATISTICS) -> dict[tuple[str, str], Tensor]:
@@ -89,7 +91,7 @@ def read(stats: gradstats.Handle, statistics: Sequence[str] = STATISTICS) -> dic
     for name in statistics:
         entries = stats.read(name)
         found |= {(name, key): numbers(value) for key, value in entries.items()}
-        if entries.statistic.has_total:
+        if entries.has_total:
             found[name, "total"] = numbers(entries.total)
     return found
 
@@ -99,7 +101,9 @@ def numbers(value: Any) -> Tensor:
     are W times as large as those of one process, and with them the bins that they are counted in."""
     if isinstance(value, Counts):
         place = value.edges[1:-1].log2().round().long() + 200
-        return torch.cat([torch.zeros(400, dtype=torch.float64).index_put((place,), value.counts[1:]), value.zeros[None]])
+        return torch.cat(
+            [torch.zeros(400, dtype=torch.float64).index_put((place,), value.counts[1:]), value.zeros[None]]
+        )
     return torch.stack(list(value)).double() if isinstance(value, tuple) else value.detach().clone()
 
 
@@ -124,3 +128,18 @@ def of_one_process(name: str, batch: int = 8, **attachment: Any) -> dict[Any, Te
     stats = gradstats.attach(model, *STATISTICS, **attachment)
     loss_of(model(x[:batch]), y[:batch], stats.loss_reduction).backward()
     return read(stats)
+
+
+def train(model, forward, optimizer, x, y, steps=50, batch=8, part=lambda rows: rows, order=None):
+    """One step on every batch; each loss is the mean over what this process sees of it."""
+    for i in range(steps):
+        rows = torch.arange(i * batch, (i + 1) * batch) % len(x)
+        rows = rows if order is None else rows[order]
+        model.zero_grad()
+        loss_of(forward(part(x[rows])), part(y[rows])).backward()
+        optimizer.step()
+    return vector(model)
+
+
+def ours(model):
+    return BatchInvariantAdam(model.parameters(), lr=1e-2, batch_size=4, eps=1e-6)

@@ -1,29 +1,26 @@
-"""Under DistributedDataParallel every statistic is that of one process with the examples of all ranks."""
+"""Under DistributedDataParallel statistics and steps are those of one process with the examples of all ranks."""
 
-from __future__ import annotations
-
-import math
+import itertools
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.profiler import ProfilerActivity, profile
 
 import gradstats
 from gradstats.optim import BatchInvariantAdam
 from tests.gradstats.distributed.replicas import (
+    FEW,
     MODELS,
     STATISTICS,
     check_equal,
     ddp_of,
     loss_of,
     of_one_process,
+    ours,
     problem,
-    rank_of,
     read,
     share,
+    train,
     vector,
 )
 
@@ -70,3 +67,49 @@ def test_every_way_of_ddp(two, options, hook):
 
 def test_attached_before_it_is_wrapped(two):
     two(every_statistic, "mlp", None, False, True)
+
+
+def fifty_steps(name):
+    model, x, y = problem(name)
+    ddp = ddp_of(model)
+    stats = gradstats.attach(ddp, *FEW)
+    found = train(model, ddp, ours(model), x, y, part=share)
+    alone, x, y = problem(name)
+    start = vector(alone)
+    stats_alone = gradstats.attach(alone, *FEW)
+    expected = train(alone, alone, ours(alone), x, y)
+    assert (expected - start).norm() > 0.1 * start.norm()
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
+    check_equal(read(stats, FEW), read(stats_alone, FEW))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fifty_steps(two, name):
+    two(fifty_steps, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_fifty_steps_of_four(four, name):
+    four(fifty_steps, name)
+
+
+def fifty_steps_in_float32(name):
+    """Torch's runs, in one process, have the examples of every batch in other orders; ours under DDP is among them."""
+    model, x, y = problem(name, torch.float32)
+    ddp = ddp_of(model)
+    gradstats.attach(ddp)
+    found = train(model, ddp, BatchInvariantAdam(model.parameters(), lr=1e-2, batch_size=8), x, y, part=share)
+    runs = []
+    for seed in range(7):
+        model, *_ = problem(name, torch.float32)
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+        runs.append(train(model, model, torch.optim.Adam(model.parameters(), lr=1e-2), x, y, order=order))
+    own = max((a - b).norm() for a, b in itertools.combinations(runs, 2))
+    found = torch.stack([(found - run).norm() for run in runs]).median()
+    assert found <= own, (float(found), float(own))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fifty_steps_in_float32(two, name):
+    two(fifty_steps_in_float32, name)
