@@ -52,7 +52,7 @@ def sent(statistics, hook=False, buckets=1):
 
     step()
     step()
-    with pytest.MonkeyPatch.context() as patch, profile(activities=[ProfilerActivity.CPU]) as recorded:
+    with pytest.MonkeyPatch.context() as patch, profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
         for name in ("all_reduce", "all_gather"):
             patch.setattr(dist, name, noted(getattr(dist, name)))
         step()
@@ -130,10 +130,12 @@ def test_reading_does_not_communicate(two):
     two(one_rank_reads)
 
 
-def accumulated(syncs):
+def accumulated(syncs, hook=False):
     """Four micro-batches, and which of them average gradients: whatever was averaged before must not be again."""
     model, x, y = problem()
     ddp = ddp_of(model)
+    if hook:
+        ddp.register_comm_hook(None, allreduce_hook)
     stats = gradstats.attach(ddp, *STATISTICS)
     alone, *_ = problem()
     expected = gradstats.attach(alone, *STATISTICS)
@@ -160,6 +162,10 @@ def accumulated(syncs):
 @pytest.mark.parametrize("syncs", [(False, False, False, True), (True, True), (False, True, True), (True, False, True)])
 def test_accumulation(two, syncs):
     two(accumulated, syncs)
+
+
+def test_accumulation_beside_the_users_hook(two):
+    two(accumulated, (False, True, False, True), True)
 
 
 def unshared():

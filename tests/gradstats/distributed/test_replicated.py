@@ -33,6 +33,13 @@ OPTIONS = {
 }
 
 
+def without_noise(found):
+    """The gradient of a key's bias is zero but for rounding, which is what its sign and its ratio to itself are of."""
+    return {
+        key: t for key, t in found.items() if not (key[0] in ("sign_mean", "snr") and "query_key_value.bias" in key[1])
+    }
+
+
 def every_statistic(name, options=None, hook=False, before=False):
     model, x, y = problem(name)
     stats = gradstats.attach(model, *STATISTICS) if before else None
@@ -40,11 +47,11 @@ def every_statistic(name, options=None, hook=False, before=False):
     if hook:
         ddp.register_comm_hook(None, allreduce_hook)
     stats = stats or gradstats.attach(ddp, *STATISTICS)
-    expected = of_one_process(name)
+    expected = without_noise(of_one_process(name))
     for _ in range(3):  # DDP makes its buckets anew after the first step, and runs a static graph otherwise
         ddp.zero_grad()
         loss_of(ddp(share(x[:8])), share(y[:8])).backward()
-        check_equal(read(stats), expected)
+        check_equal(without_noise(read(stats)), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

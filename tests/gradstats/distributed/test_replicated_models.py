@@ -218,9 +218,9 @@ def compiled(outside):
     stats = gradstats.attach(model, *FEW)
     stats.probe(x[:8])
     if outside:
-        run = torch.compile(ddp_of(model), backend="aot_eager")
+        run = torch.compile(DistributedDataParallel(model), backend="aot_eager")
     else:
-        run = ddp_of(torch.compile(model, backend="aot_eager"))
+        run = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
     for _ in range(2):
         model.zero_grad()
         loss_of(run(share(x[:8])), share(y[:8])).backward()

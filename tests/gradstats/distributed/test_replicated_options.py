@@ -149,13 +149,14 @@ def of_opacus():
 
 
 def test_opacus_is_refused(two):
+    pytest.importorskip("opacus")
     two(of_opacus)
 
 
 # The rank as micro-batch
 
 
-def rank_as_microbatch(granularity, passes, hook):
+def rank_as_microbatch(granularity, passes, hook, each=False):
     """The gradients of ranks are those of micro-batches of one process, whatever their order."""
     model, x, y = problem()
     alone, *_ = problem()
@@ -170,7 +171,7 @@ def rank_as_microbatch(granularity, passes, hook):
         alone.zero_grad()
         for i in range(passes):
             rows = torch.arange(8 * i, 8 * i + 8)
-            with ddp.no_sync() if i + 1 < passes else nullcontext():
+            with nullcontext() if each or i + 1 == passes else ddp.no_sync():
                 (loss_of(ddp(share(x[rows])), share(y[rows])) / passes).backward()
         for rank in range(2):
             for i in range(passes):
@@ -184,6 +185,25 @@ def rank_as_microbatch(granularity, passes, hook):
 @pytest.mark.parametrize(("passes", "hook"), [(1, False), (2, False), (1, True)])
 def test_the_rank_as_micro_batch(two, granularity, passes, hook):
     two(rank_as_microbatch, granularity, passes, hook)
+
+
+def test_micro_batches_are_counted_once(two):
+    two(rank_as_microbatch, "example", 3, False, True)
+
+
+def unshared():
+    model, x, y = problem()
+    ddp = ddp_of(model)
+    stats = gradstats.attach(ddp, engine="microbatch")
+    loss_of(ddp(share(x[:8])), share(y[:8])).backward()
+    with ddp.no_sync():
+        loss_of(ddp(share(x[:8])), share(y[:8])).backward()
+    with pytest.raises(LifetimeError, match="average of 2 ranks and.*no_sync"):
+        stats.second_moment["0.weight"]
+
+
+def test_a_micro_batch_that_was_not_averaged(two):
+    two(unshared)
 
 
 def unequal_microbatches():
