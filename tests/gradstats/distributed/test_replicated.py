@@ -34,9 +34,11 @@ OPTIONS = {
 
 
 def without_noise(found):
-    """The gradient of a key's bias is zero but for rounding, which is what its sign and its ratio to itself are of."""
+    """The gradient of a key's bias is zero but for rounding, of which its sign, exponent and ratio to itself are."""
     return {
-        key: t for key, t in found.items() if not (key[0] in ("sign_mean", "snr") and "query_key_value.bias" in key[1])
+        key: t
+        for key, t in found.items()
+        if not (key[0] in ("sign_mean", "snr", "histogram") and "query_key_value.bias" in key[1])
     }
 
 
