@@ -35,10 +35,10 @@ OPTIONS = {
 
 def without_noise(found):
     """The gradient of a key's bias is zero but for rounding, of which its sign, exponent and ratio to itself are."""
+    noisy = [name for _, name in found if name.endswith("query_key_value.bias")]
+    noisy += ["total"] if noisy else []
     return {
-        key: t
-        for key, t in found.items()
-        if not (key[0] in ("sign_mean", "snr", "histogram") and "query_key_value.bias" in key[1])
+        key: t for key, t in found.items() if key[0] not in ("sign_mean", "snr", "histogram") or key[1] not in noisy
     }
 
 
