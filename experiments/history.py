@@ -29,7 +29,23 @@ MACHINE = "machine.json"
 DIGITS = 6
 
 
-class History:
+class NoHistory:
+    """Keeps nothing: of the processes that share a run, the first has its history."""
+
+    def log(self, examples_seen: int, values: Mapping[str, Value]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        pass
+
+
+class History(NoHistory):
     """Appends to the files of a run in a directory, after what they hold up to `position` examples.
 
     A resumed run takes up its checkpoint's position, so whatever the run before it logged later is dropped; at

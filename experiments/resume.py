@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from experiments import checkpoint, record
+from experiments.distributed import Process
 from experiments.errors import UserError
 from experiments.fingerprint import fingerprint, first_difference, identity
 from experiments.record import Record
@@ -36,9 +37,11 @@ def previous_run(config: Config, directory: Path) -> Record | None:
     return None  # the checkpoint knows in what the configurations differ
 
 
-def restore(config: Config, directory: Path, parts: dict[str, Any], device: torch.device) -> tuple[Record, str | None]:
+def restore(
+    config: Config, directory: Path, parts: dict[str, Any], device: torch.device, process: Process
+) -> tuple[Record, str | None]:
     """Loads the checkpoint into the parts; the record so far and the tracker's run id, fresh ones without it."""
-    path = checkpoint.find(directory)
+    path = process.decide(lambda: checkpoint.find(directory))
     if path is None:
         method = config.optimizer
         seed, B = config.seed, config.train.batch_size
@@ -53,7 +56,8 @@ def restore(config: Config, directory: Path, parts: dict[str, Any], device: torc
         part.load_state_dict(state[name])
     checkpoint.restore_random_state(state["random"], device)
     result = Record(**state["record"])
-    print(f"continuing from {path} at {state['sampler']['position']:,} examples", file=sys.stderr)
+    if process.first:
+        print(f"continuing from {path} at {state['sampler']['position']:,} examples", file=sys.stderr)
     return result, state["run_id"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from experiments.distributed import ALONE, Process
 from experiments.errors import UserError
 
 
@@ -19,26 +20,36 @@ class Sampler:
 
     Batches run across the ends of epochs, so the stream of examples is the same for every batch size. The permutation
     of an epoch is a function of the seed and the epoch: position, the examples drawn so far, is the whole state.
+
+    Of every batch a process takes its own rows. B and position count those of all processes, so that another number of
+    them continues where these are.
     """
 
-    def __init__(self, examples: int, batch_size: int, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, examples: int, batch_size: int, seed: int, device: torch.device, process: Process = ALONE
+    ) -> None:
         if not 1 <= batch_size <= examples:
             raise UserError(f"train.batch_size={batch_size} must be between 1 and the {examples} training examples")
         self.examples = examples
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
+        self.rows = process.rows(batch_size)
         self.position = 0
 
     def until(self, stop: int) -> Iterator[Tensor]:
-        """Batches of indices (B,) from the position to stop examples, a multiple of the batch size."""
+        """Indices of the rows (B_r,) of batches from the position to stop examples, a multiple of the batch size."""
         if self.position == stop:
             return
         stream = torch.from_numpy(self.stream(self.position, stop)).to(self.device)
-        # Views of one tensor: at batch size 1 a new tensor a step would show.
-        for indices in stream.split(self.batch_size):
+        for indices in self.own(stream):
             self.position += self.batch_size
             yield indices
+
+    def own(self, stream: Tensor) -> Sequence[Tensor]:
+        """This process' rows of each batch, where stream (batches * B, ...) has a row for each example."""
+        # Views of one tensor: at batch size 1 a new tensor a step would show.
+        return stream.unflatten(0, (-1, self.batch_size))[:, self.rows].unbind()
 
     def stream(self, start: int, stop: int) -> NDArray[np.int64]:
         """Indices of the examples from start to stop in the stream, (stop - start,)."""

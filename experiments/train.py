@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from experiments import checkpoint, record
 from experiments.config import CONF, as_config, check_ranges, is_lasting
 from experiments.data import Split, batches, load_data
+from experiments.distributed import ALONE, Process, this_process
 from experiments.errors import Diverged, UserError, as_user_errors, command_line
 from experiments.fingerprint import NOT_IN_FINGERPRINT
 from experiments.hardest import show_hardest
-from experiments.history import History
+from experiments.history import History, NoHistory
 from experiments.measurements import Measurements
 from experiments.models import build_model
+from experiments.models.dropout import share_draws
 from experiments.optimizers import attach_statistics, build_optimizer, step_lr, stepper
 from experiments.progress import Notify, progress_bar, silent
 from experiments.record import Record
@@ -39,7 +41,7 @@ from experiments.resume import previous_run, restore, save
 from experiments.sampler import Draws, Sampler
 from experiments.schedule import budget, evaluation_counts, every, learning_rate_schedule
 from experiments.schemas.run import Config, Device
-from experiments.tracker import Value, how_to_look, open_tracker, summarized
+from experiments.tracker import Tracker, Value, how_to_look, open_tracker, summarized
 from gradstats.optim.base import ExampleOptimizer
 
 EVALUATION_TARGETS = 4096  # at once: sequences are as many examples fewer as they are long
@@ -47,8 +49,11 @@ LONGEST_TAG = 64  # W&B refuses longer ones
 
 
 @as_user_errors()
-def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
+def train(config: Config, directory: Path, notify: Notify = silent, process: Process = ALONE) -> Record:
     """One run; record, checkpoints and W&B files are written to the directory.
+
+    Processes that share the run each take their rows of every batch, and all that is logged or decided is of all of
+    them; only the first writes.
 
     notify(examples_seen, total, loss) is called wherever the host waits for the device, with the loss over the training
     set where it is evaluated and the mean loss of the batches since the last call elsewhere. With config.resume a
@@ -58,14 +63,14 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
     when the loss or a parameter stops being finite.
     """
     check_ranges(config)
-    if (finished := previous_run(config, directory)) is not None:
+    device = prepare(config, process)
+    if (finished := process.decide(lambda: previous_run(config, directory))) is not None:
         return finished
     directory.mkdir(parents=True, exist_ok=True)
-    device = prepare(config)
     data = load_data(config.data, device)
 
     B = config.train.batch_size
-    sampler = Sampler(len(data.train), B, config.seed, device)
+    sampler = Sampler(len(data.train), B, config.seed, device, process)
     total = budget(config.train.epochs, len(data.train), config.evaluation.multiple, B)
     schedule = learning_rate_schedule(config.train.warmup_examples, total, config.train.decay)
     evaluations = evaluation_counts(total, config.evaluation.multiple, config.evaluation.count)
@@ -74,6 +79,7 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
 
     torch.manual_seed(config.seed)
     model = build_model(config.model, data.shape, data.classes, data.discrete).to(device)
+    share_draws(model, sampler.rows, B)
     parameters = list(model.parameters())
     optimizer = build_optimizer(parameters, config.optimizer, B, config.train.max_norm)
     detail = ("second_moment", "norms") if config.tracker.detail else ()
@@ -85,11 +91,13 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
     gradient_limit = None if isinstance(optimizer, ExampleOptimizer) else config.train.max_norm
     step = stepper(optimizer, B if statistics is None else None)
     measurements = Measurements(model, statistics, config.tracker.detail)
-    forward = torch.compile(model) if config.hardware.compile else model
+    together = process.parallel(model)
+    forward = torch.compile(together) if config.hardware.compile else together
+    weight = process.weight(B)
     precision = torch.autocast(device.type, torch.bfloat16) if config.hardware.bf16 else nullcontext()
 
     parts = {"model": model, "optimizer": optimizer, "sampler": sampler, "draws": draws, "measurements": measurements}
-    result, run_id = restore(config, directory, parts, device)
+    result, run_id = restore(config, directory, parts, device, process)
     if config.hardware.compile and statistics is not None:
         # Before anything is compiled: torch is to meet the layers as the probe leaves them.
         statistics.probe(data.train.take(torch.arange(B, device=data.train.x.device))[0].to(device))
@@ -97,9 +105,9 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
         stops = [stop for stop in stops if stop > sampler.position]
 
     with (
-        open_tracker(config, directory, run_id) as tracker,
+        open_tracker(config, directory, run_id) if process.first else Tracker() as tracker,
         summarized(tracker, result, lambda: step_lr(optimizer, config.optimizer, peak_lr, B)),
-        History(config, directory, device, sampler.position) as history,
+        History(config, directory, device, sampler.position) if process.first else NoHistory() as history,
     ):
         started = time.perf_counter() - result.seconds
         for stop in stops:
@@ -110,7 +118,7 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
                 for p in parameters:
                     p.grad = None
                 with precision:
-                    loss = F.cross_entropy(forward(x).flatten(0, -2), y.flatten())
+                    loss = weight * F.cross_entropy(forward(x).flatten(0, -2), y.flatten())
                 loss.backward()
                 losses.append(loss.detach())
                 if sampler.position == stop:
@@ -121,15 +129,15 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
                 step()
 
             # The last one tells whether the last step kept the parameters finite.
-            observed = torch.stack([*losses, nn.utils.get_total_norm(parameters)]).tolist()
+            observed = process.mean(torch.stack([*losses, nn.utils.get_total_norm(parameters)])).tolist()
             latest = sum(observed[:-1]) / max(len(losses), 1)
             if losses:
                 speed = (stop - start) / (time.perf_counter() - clock)
                 values |= {"loss/batch": latest, "speed/examples_per_second": speed}
                 values["optimizer/lr"] = optimizer.param_groups[0]["lr"]
             if stop in evaluations:
-                train_loss, train_accuracy = evaluate(model, data.evaluated, precision)
-                test_loss, test_accuracy = evaluate(model, data.test, precision)
+                train_loss, train_accuracy = evaluate(model, data.evaluated, precision, process)
+                test_loss, test_accuracy = evaluate(model, data.test, precision, process)
                 values |= {"loss/train": train_loss, "loss/test": test_loss}
                 values |= {"accuracy/train": train_accuracy, "accuracy/test": test_accuracy}
                 observed += [train_loss, test_loss]
@@ -137,7 +145,7 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
             result.seconds = time.perf_counter() - started
 
             if not all(map(math.isfinite, observed)):
-                raise diverged(observed[: len(losses)], start, sampler, result, directory)
+                raise process.decide(lambda: diverged(observed[: len(losses)], start, sampler, result, directory))
             if stop in evaluations:
                 result.examples.append(stop)
                 result.train_loss.append(train_loss)
@@ -148,45 +156,51 @@ def train(config: Config, directory: Path, notify: Notify = silent) -> Record:
             notify(stop, total, latest)
             if stop in checkpoints:
                 history.flush()
-                save(config, directory, parts, device, result, tracker.run_id)
+                process.decide(lambda: save(config, directory, parts, device, result, tracker.run_id))
 
         result.status = "finished"
-        result.save(directory / record.FILE)
-        if config.tracker.detail and config.tracker.name != "none":
+        process.decide(lambda: result.save(directory / record.FILE))
+        if process.first and config.tracker.detail and config.tracker.name != "none":
             if statistics is not None:
                 statistics.detach()
             show_hardest(model, data, tracker)
     return result
 
 
-def prepare(config: Config) -> torch.device:
-    """Settings of the process, and the device."""
+def prepare(config: Config, process: Process = ALONE) -> torch.device:
+    """Settings of the process, its device, and its connection to the others."""
     torch.set_num_threads(config.hardware.threads)
     torch.set_float32_matmul_precision("high" if config.hardware.tf32 else "highest")
     available = torch.cuda.is_available()
     if config.device is Device.cuda and not available:
         raise UserError("device=cuda, but torch sees no GPU here: use device=cpu or device=auto")
-    device = torch.device("cuda" if available and config.device is not Device.cpu else "cpu")
+    device = process.gpu() if available and config.device is not Device.cpu else torch.device("cpu")
     # On the CPU a run repeats, and continues, bit for bit: nothing may be chosen by measured time (gradstats.choice).
     torch.use_deterministic_algorithms(device.type == "cpu")
+    process.connect(device)
     return device
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, split: Split, precision: AbstractContextManager[Any]) -> tuple[float, float]:
-    """Mean loss, in nats, and accuracy over the targets of all examples."""
+def evaluate(
+    model: nn.Module, split: Split, precision: AbstractContextManager[Any], process: Process = ALONE
+) -> tuple[float, float]:
+    """Mean loss, in nats, and accuracy over the targets of all examples, whose parts the processes share."""
     model.eval()
     device = next(model.parameters()).device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
     size = max(1, EVALUATION_TARGETS * len(split) // split.y.numel())
-    for x, y in zip(split.x.split(size), split.y.split(size), strict=True):
+    parts = list(zip(split.x.split(size), split.y.split(size), strict=True))
+    # A row for each part, not one sum: the numbers are then the same, bit for bit, for any number of processes.
+    sums = torch.zeros(len(parts), 2, dtype=torch.float64, device=device)
+    for i in range(process.rank, len(parts), process.world_size):
+        x, y = parts[i]
         targets = y.to(device).flatten()
         with precision:
             logits = model(x.to(device)).flatten(0, -2).float()  # (targets, classes)
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == targets).sum()])
+        sums[i] = torch.stack([loss, (logits.argmax(1) == targets).sum()])
     model.train()
-    loss, accuracy = (sums / split.y.numel()).tolist()
+    loss, accuracy = (process.sum(sums).sum(0) / split.y.numel()).tolist()
     return loss, accuracy
 
 
@@ -200,14 +214,18 @@ def diverged(losses: Sequence[float], start: int, sampler: Sampler, result: Reco
     return Diverged(first // B + 1, sampler.stream(first, first + B).tolist(), checkpoint.find(directory))
 
 
-def run(config: Config, directory: Path, shown: bool) -> None:
+def run(config: Config, directory: Path, shown: bool, process: Process) -> None:
     """A single run, with a bar while it lasts and its result at the end."""
-    if config.resume and previous_run(config, directory) is not None:
+    finished = process.decide(lambda: previous_run(config, directory)) is not None
+    if not process.first:
+        train(config, directory, silent, process)
+        return
+    if finished:
         print(f"{directory} holds this run, finished", file=sys.stderr)
     elif config.resume and checkpoint.find(directory) is None:
         print(f"nothing to resume in {directory} yet: starting from the beginning", file=sys.stderr)
     with progress_bar(config.name, shown) as notify:
-        result = train(config, directory, notify)
+        result = train(config, directory, notify, process)
     print(
         f"{result.label}, B = {result.batch_size}: {result.examples[-1]:,} examples in {result.seconds:.1f} s, "
         f"training loss {result.train_loss[-1]:.4f}, test loss {result.test_loss[-1]:.4f}, "
@@ -247,9 +265,12 @@ def main(composed: DictConfig) -> None:
     multirun = job.mode is RunMode.MULTIRUN
     directory, sweep = Path(job.runtime.output_dir), Path(job.sweep.dir)
     again = f"resume=true directory={sweep if multirun else directory}"
+    process = this_process()
+    process.share_directory(directory)
     with (
         command_line(f"interrupted: the same command with {again} continues"),
         as_failed_job() if multirun else nullcontext(),
+        process.one_message(),
     ):
         config = as_config(composed)
         if config.resume and not is_lasting(composed):
@@ -265,11 +286,24 @@ def main(composed: DictConfig) -> None:
 
             run_search(config, directory, job.overrides.task)
         else:
-            run(config, directory, shown=not multirun)
+            run(config, directory, not multirun, process)
+
+
+def start() -> None:
+    """Where torchrun started several processes, they first agree on the directory."""
+    process = this_process()
+    if process.world_size > 1 and {"-m", "--multirun"} & set(sys.argv):
+        with command_line(), process.one_message():
+            raise UserError(
+                "hydra's -m starts runs, and torchrun starts the processes of one run: leave one of the two out, or let "
+                "hydra/launcher=slurm start the processes of each run (docs/experiments.md)"
+            )
+    sys.argv += process.overrides()
+    main()
 
 
 if __name__ == "__main__":
     # By its importable name: the processes of a parallel sweep could not import the function from __main__.
     from experiments import train as importable
 
-    importable.main()
+    importable.start()

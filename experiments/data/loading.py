@@ -18,21 +18,22 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches(data: Dataset, sampler: Sampler, stop: int) -> Iterator[Batch]:
-    """x and y on the sampler's device, up to `stop` examples; sampler.position counts a batch when it is handed out."""
-    start, B, device = sampler.position, sampler.batch_size, sampler.device
+    """x and y of the sampler's rows on its device, up to `stop` examples; sampler.position counts a batch when its rows
+    are handed out."""
+    start, device = sampler.position, sampler.device
     if start == stop:
         return
     taken: Iterator[Batch]
     if data.train.x.device.type == device.type and not data.train.mapped:
         taken = map(data.train.take, sampler.until(stop))
     else:
-        ahead = prefetched(data.train, torch.from_numpy(sampler.stream(start, stop)).split(B), device)
+        ahead = prefetched(data.train, sampler.own(torch.from_numpy(sampler.stream(start, stop))), device)
         taken = (batch for _, batch in zip(sampler.until(stop), ahead, strict=True))
     if data.augmentation is None:
         yield from taken
         return
     drawn = data.augmentation.draws(sampler.seed, sampler.examples, start, stop)
-    for (x, y), draws in zip(taken, torch.from_numpy(drawn).to(device).split(B), strict=True):
+    for (x, y), draws in zip(taken, sampler.own(torch.from_numpy(drawn).to(device)), strict=True):
         yield data.augmentation.apply(x, draws), y
 
 

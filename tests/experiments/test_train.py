@@ -168,7 +168,7 @@ def test_the_runs_of_a_sweep_are_in_one_group_with_their_overrides_as_tags(
 ) -> None:
     seen: list[Config] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_module, "run", lambda config, directory, shown: seen.append(config))
+    monkeypatch.setattr(train_module, "run", lambda config, *rest: seen.append(config))
     for options in ([], ["directory=mine"], ["tracker.group=own"]):
         arguments = ["-m", "name=digits", "seed=0,1", f"data.path={'x' * 80}", *options]
         monkeypatch.setattr(sys, "argv", ["experiments.train", *arguments])
