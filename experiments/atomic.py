@@ -13,7 +13,7 @@ from typing import BinaryIO
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write into, which takes its name once all of it is on the disk, and is dropped if anything fails.
 
-    What had the name before goes, or is kept under the name `previous`.
+    What had the name before goes, or is kept under the name `previous`. An OSError of the file names it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -24,5 +24,8 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -16,10 +16,19 @@ PREVIOUS = "checkpoint.previous.pt"
 
 
 def save(directory: Path, state: dict[str, Any]) -> Path:
-    """Write the state; a process killed at any moment leaves this checkpoint or the previous one whole."""
+    """Write the state; a process killed at any moment leaves this checkpoint or the previous one whole.
+
+    Raises OSError if it cannot be written, as on a full disk; the one before it then stays what it is.
+    """
     path = directory / FILE
+    for left in directory.glob(f".{FILE}.*"):  # by a process that was killed: one at a time writes here
+        left.unlink(missing_ok=True)
     with atomic_write(path, previous=directory / PREVIOUS) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # Of its own zip writer, over what the file refused.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     return path
 
 

@@ -16,17 +16,21 @@ from datetime import timedelta
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments.errors import UserError
+from experiments.errors import UserError, as_user_errors
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
+TOLD = "told"
+# What gloo says to a process that waits for another one, which is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer")
 # After which a process takes its error for its own: the first may have to end a W&B run before it can tell one of all.
 PATIENCE = timedelta(seconds=30)
 
@@ -97,30 +101,38 @@ class Process:
         """Over the processes, in place."""
         return self.sum(values).div_(self.world_size)
 
-    def decide(self, action: Callable[[], T]) -> T:
+    def decide(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Only the first acts; what it returns, or the UserError that it raises, is everybody's."""
         if self.world_size == 1:
-            return action()
+            return action(*args, **kwargs)
         key = f"decision {next(self._decisions)}"
+        value: Any
+        error: UserError | None = None
         if not self.first:
             value, error = pickle.loads(b64decode(self.store.get(key)))
         else:
-            value, error = outcome(action)
+            try:
+                with as_user_errors():
+                    value = action(*args, **kwargs)
+            except UserError as refusal:
+                value, error = None, refusal
             self.store.set(key, b64encode(pickle.dumps((value, error))).decode())
         if error is not None:
             raise error
-        return value
+        decided: T = value
+        return decided
 
     @contextmanager
     def one_message(self) -> Iterator[None]:
-        """Of an error that all have, the first tells; another process tells what is its own."""
+        """Of an error that all have, the first tells; another process tells what is its own, and one of all that they
+        have lost another one."""
         try:
             yield
         except UserError as error:
             if self.world_size == 1:
                 raise
             if self.first:
-                self.store.set("told", "")
+                self.store.set(TOLD, "")
                 raise
             if self._is_told():
                 raise SystemExit(2) from None
@@ -129,15 +141,30 @@ class Process:
             if self.first:
                 raise
             raise SystemExit(130) from None
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not any(text in str(error) for text in LOST):
+                raise
+            if not self._is_first_to_lose():
+                raise SystemExit(2) from None
+            raise UserError(
+                "one of the processes is gone: it was killed, or what it printed says why. With resume=true the run "
+                "continues from its last checkpoint"
+            ) from error
 
     def _is_told(self) -> bool:
         try:
-            self.store.wait(["told"], PATIENCE)
+            self.store.wait([TOLD], PATIENCE)
         except dist.DistStoreError:
             return False
         except dist.DistError:  # the first had the store, and took it along
             pass
         return True
+
+    def _is_first_to_lose(self) -> bool:
+        try:
+            return self.store.add("lost", 1) == 1
+        except dist.DistError:
+            return True
 
     def share_directory(self, directory: Path) -> None:
         if self.world_size > 1 and self.first:
@@ -155,13 +182,6 @@ class Process:
         return [f"hydra.run.dir='{directory}'", "hydra.output_subdir=null"]
 
 
-def outcome(action: Callable[[], T]) -> tuple[T | None, UserError | None]:
-    try:
-        return action(), None
-    except UserError as error:
-        return None, error
-
-
 ALONE = Process()
 
 
@@ -172,6 +192,10 @@ def this_process() -> Process:
     if world_size == 1:
         return ALONE
     store, rank, _ = next(dist.rendezvous("env://"))
-    # The store outlives the processes that torchrun starts again.
-    attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    return Process(rank, world_size, attempt)
+    # The store outlives the processes that torchrun starts again, whatever they ended with.
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    before, now = (dist.PrefixStore(f"attempt {n}", store) for n in (attempt - 1, attempt))
+    if before.check([TOLD]):
+        now.set(TOLD, "")
+        raise SystemExit(2)
+    return Process(rank, world_size, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from gradstats.errors import GradstatsError
 Choice = TypeVar("Choice")
 
 SHOWN_INDICES = 8
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -45,7 +48,8 @@ class Diverged(UserError):
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Refusals of gradstats and of OmegaConf are the user's to put right too; their text already says how."""
+    """Refusals of gradstats and of OmegaConf are the user's to put right too; their text already says how. So is a full
+    disk."""
     from omegaconf.errors import OmegaConfBaseException  # here: benchmarks run where it is not installed
 
     try:
@@ -54,6 +58,12 @@ def as_user_errors() -> Iterator[None]:
         raise UserError(f"gradstats: {error}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"configuration: {error}") from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(
+            f"{error}: make room there. What was written before is whole, and resume=true continues from it"
+        ) from error
 
 
 @contextmanager

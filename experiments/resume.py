@@ -41,7 +41,7 @@ def restore(
     config: Config, directory: Path, parts: dict[str, Any], device: torch.device, process: Process
 ) -> tuple[Record, str | None]:
     """Loads the checkpoint into the parts; the record so far and the tracker's run id, fresh ones without it."""
-    path = process.decide(lambda: checkpoint.find(directory))
+    path = process.decide(checkpoint.find, directory)
     if path is None:
         method = config.optimizer
         seed, B = config.seed, config.train.batch_size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -64,7 +65,7 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
     """
     check_ranges(config)
     device = prepare(config, process)
-    if (finished := process.decide(lambda: previous_run(config, directory))) is not None:
+    if (finished := process.decide(previous_run, config, directory)) is not None:
         return finished
     directory.mkdir(parents=True, exist_ok=True)
     data = load_data(config.data, device)
@@ -145,21 +146,21 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
             result.seconds = time.perf_counter() - started
 
             if not all(map(math.isfinite, observed)):
-                raise process.decide(lambda: diverged(observed[: len(losses)], start, sampler, result, directory))
+                raise process.decide(diverged, observed[: len(losses)], start, sampler, result, directory)
             if stop in evaluations:
                 result.examples.append(stop)
                 result.train_loss.append(train_loss)
                 result.test_loss.append(test_loss)
                 result.test_accuracy.append(test_accuracy)
             tracker.log(stop, values)
-            history.log(stop, values)
+            process.decide(history.log, stop, values)
             notify(stop, total, latest)
             if stop in checkpoints:
                 history.flush()
-                process.decide(lambda: save(config, directory, parts, device, result, tracker.run_id))
+                process.decide(save, config, directory, parts, device, result, tracker.run_id)
 
         result.status = "finished"
-        process.decide(lambda: result.save(directory / record.FILE))
+        process.decide(result.save, directory / record.FILE)
         if process.first and config.tracker.detail and config.tracker.name != "none":
             if statistics is not None:
                 statistics.detach()
@@ -216,7 +217,7 @@ def diverged(losses: Sequence[float], start: int, sampler: Sampler, result: Reco
 
 def run(config: Config, directory: Path, shown: bool, process: Process) -> None:
     """A single run, with a bar while it lasts and its result at the end."""
-    finished = process.decide(lambda: previous_run(config, directory)) is not None
+    finished = process.decide(previous_run, config, directory) is not None
     if not process.first:
         train(config, directory, silent, process)
         return
@@ -275,6 +276,8 @@ def main(composed: DictConfig) -> None:
         config = as_config(composed)
         if config.resume and not is_lasting(composed):
             raise UserError("resume=true needs directory=PATH, the directory of the run to continue")
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not config.resume:
+            raise UserError("torchrun --max-restarts continues a run only with resume=true directory=PATH: add them")
         if multirun:
             config = in_sweep(config, sweep, job.overrides.task)
         if config.study is not None:
@@ -295,7 +298,7 @@ def start() -> None:
     if process.world_size > 1 and {"-m", "--multirun"} & set(sys.argv):
         with command_line(), process.one_message():
             raise UserError(
-                "hydra's -m starts runs, and torchrun starts the processes of one run: leave one of the two out, or let "
+                "hydra's -m starts runs, and torchrun the processes of one run: leave one of the two out, or let "
                 "hydra/launcher=slurm start the processes of each run (docs/experiments.md)"
             )
     sys.argv += process.overrides()

@@ -103,7 +103,7 @@ def command(process: Process, arguments: list[str]) -> tuple[int, str, str]:
     code, out, err = 0, io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["experiments.train", *arguments]),
-        mock.patch.object(train_module, "this_process", lambda: process),
+        mock.patch.object(train_module, "this_process", return_value=process),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

@@ -1,0 +1,213 @@
+"""What a run loses when its processes are killed: nothing. Kills one after another with kill -9, and compares.
+
+python -m experiments.faults                                 20 kills among two processes; some minutes
+python -m experiments.faults --kills 3 optimizer=adam        with overrides of experiments.train
+
+The same run is made twice under torchrun, once undisturbed. Of the other one a process is killed at a moment that is
+drawn after each start, be it in a step, while a checkpoint is written, or before the first step; torchrun's elastic
+restart then starts all of them again. At the end everything must be equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments import checkpoint, history, record, witness
+from experiments.atomic import atomic_write
+from experiments.benchmarks.machine import machine
+from experiments.errors import UserError, command_line
+from experiments.record import Record
+from experiments.witness import Attempt, witnessed
+
+LATEST = 4.0  # seconds after its start at which a process is killed; it takes its first step after one or two
+POLL = 0.02  # seconds
+PATIENCE = 120.0  # seconds, for processes to start
+# Small steps and many checkpoints: a kill finds any part of the loop. Long enough for 20 kills at LATEST / 2 each.
+RUN = ("experiment=digits", "tracker=none", "train.batch_size=4", "train.epochs=80", "evaluation.count=12")
+RUN = (*RUN, "train.checkpoint_every_examples=512", "train.log_every_examples=512")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """seen: examples when the process was killed; resumed: at which the next attempt went on. None before a first step."""
+
+    process: int
+    seen: int | None
+    resumed: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder: the run's directory in it, and what its processes wrote down."""
+
+    folder: Path
+    processes: int
+
+    @property
+    def directory(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def witnesses(self) -> Path:
+        return self.folder / "witnesses"
+
+    def attempt(self, number: int) -> list[Attempt | None]:
+        return [witnessed(self.witnesses, number, rank) for rank in range(self.processes)]
+
+    @contextmanager
+    def started(self, restarts: int, overrides: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+        """What torchrun and the processes print goes into a file of the folder."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(self.processes), "--max-restarts", str(restarts)]
+        command += ["-m", "experiments.witness", str(self.witnesses), *RUN, *overrides]
+        command += [f"directory={self.directory}", "resume=true"]
+        with (
+            (self.folder / "output.txt").open("w") as output,
+            subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True) as torchrun,
+        ):
+            try:
+                yield torchrun
+            finally:
+                if torchrun.poll() is None:
+                    torchrun.terminate()
+
+    def finish(self, torchrun: subprocess.Popen[bytes]) -> None:
+        if torchrun.wait() != 0:
+            raise UserError(f"the run failed: {self.folder / 'output.txt'} says why")
+
+
+def first_step(attempt: Sequence[Attempt | None]) -> int | None:
+    """Examples seen after the first step that all processes were given."""
+    steps = [min(process.steps, default=None) for process in attempt if process is not None]
+    return None if len(steps) < len(attempt) or None in steps else steps[0]
+
+
+def disturb(run: Run, torchrun: subprocess.Popen[bytes], kills: int, draw: random.Random) -> list[int]:
+    """Kills a process of each of the first attempts; their ranks."""
+    killed = []
+    for number in range(kills):
+        deadline = time.monotonic() + PATIENCE
+        while None in (attempt := run.attempt(number)):
+            if torchrun.poll() is not None:
+                raise UserError(f"the run ended after {number} kills of {kills}: lengthen it with train.epochs=")
+            if time.monotonic() > deadline:
+                raise UserError(f"no process has started within {PATIENCE:g} s: {run.folder / 'output.txt'}")
+            time.sleep(POLL)
+        time.sleep(draw.uniform(0, LATEST))
+        rank = draw.randrange(run.processes)
+        victim = attempt[rank]
+        assert victim is not None
+        if torchrun.poll() is None:
+            os.kill(victim.pid, signal.SIGKILL)
+            killed.append(rank)
+    return killed
+
+
+def trajectory(run: Run, attempts: int) -> dict[int, list[int]]:
+    """The examples of every step that the parameters at the end come from, by the examples seen after it.
+
+    Raises UserError where an attempt does not go on from what the one before it had seen.
+    """
+    kept: dict[int, list[int]] = {}
+    for number in range(attempts):
+        attempt = run.attempt(number)
+        if (first := first_step(attempt)) is None:
+            continue
+        steps = [process.steps for process in attempt if process is not None]
+        # A kill may come when some processes have been given a step and others have not.
+        counts = sorted(set.intersection(*map(set, steps)))
+        if kept and first > max(kept) + first_batch(kept):
+            raise UserError(f"attempt {number} began at {first} examples, and the one before it ended at {max(kept)}")
+        kept = {seen: indices for seen, indices in kept.items() if seen < first}
+        kept |= {seen: [index for process in steps for index in process[seen]] for seen in counts}
+    return kept
+
+
+def first_batch(steps: dict[int, list[int]]) -> int:
+    return len(next(iter(steps.values())))
+
+
+def final(run: Run) -> dict[str, Any]:
+    """All that must be the same: nothing of it depends on the clock."""
+    state = checkpoint.load(run.directory / checkpoint.FILE, torch.device("cpu"))
+    return {
+        "metrics": asdict(replace(Record.load(run.directory / record.FILE), seconds=0.0)),
+        "parameters": {name: value.numpy().tobytes() for name, value in state["model"].items()},
+        "history": [
+            {key: value for key, value in line.items() if not key.startswith("speed/")}
+            for line in history.load(run.directory)
+        ],
+    }
+
+
+def examine(output: Path, kills: int, processes: int, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Both runs; each kill, and for each part of the results whether it is the same."""
+    whole, disturbed = (Run(output / name, processes) for name in ("undisturbed", "killed"))
+    with whole.started(0, overrides) as torchrun:
+        whole.finish(torchrun)
+    with disturbed.started(kills, overrides) as torchrun:
+        ranks = disturb(disturbed, torchrun, kills, random.Random(seed))
+        disturbed.finish(torchrun)
+    found = []
+    for number, rank in enumerate(ranks):
+        victim, following = disturbed.attempt(number)[rank], first_step(disturbed.attempt(number + 1))
+        assert victim is not None
+        batch = first_batch(trajectory(whole, 1))
+        resumed = None if following is None else following - batch
+        found.append(Kill(rank, max(victim.steps, default=None), resumed))
+    same = {name: value == final(whole)[name] for name, value in final(disturbed).items()}
+    same["examples"] = trajectory(disturbed, len(ranks) + 1) == trajectory(whole, 1)
+    return {"kills": [asdict(kill) for kill in found], "same": same, "final": final(whole)["metrics"]}
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of experiments.train")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and of who is killed")
+    parser.add_argument("--output", type=Path, default=Path("outputs/faults"))
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    with command_line():
+        found = examine(
+            arguments.output.absolute(), arguments.kills, arguments.processes, arguments.seed, arguments.overrides
+        )
+        about = {"date": date.today().isoformat(), "machine": machine(threads=1), "processes": arguments.processes}
+        about |= {"overrides": [*RUN, *arguments.overrides]}
+        path = arguments.output / "faults.json"
+        with atomic_write(path) as file:
+            file.write((json.dumps(about | found, indent=1) + "\n").encode())
+        for kill in found["kills"]:
+            print("process {process} killed at {seen} examples, resumed at {resumed}".format(**kill))
+        for name, same in found["same"].items():
+            print(f"{name}: {'the same, bit for bit' if same else 'NOT the same'}")
+        print(f"written: {path}")
+        if len(found["kills"]) < arguments.kills or not all(found["same"].values()):
+            raise UserError("a run that is killed must end as one that is not")
+
+
+if __name__ == "__main__":
+    main()
