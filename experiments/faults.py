@@ -39,13 +39,19 @@ LATEST = 4.0  # seconds after its start at which a process is killed; it takes i
 POLL = 0.02  # seconds
 PATIENCE = 120.0  # seconds, for processes to start
 # Small steps and many checkpoints: a kill finds any part of the loop. Long enough for 20 kills at LATEST / 2 each.
-RUN = ("experiment=digits", "tracker=none", "train.batch_size=4", "train.epochs=80", "evaluation.count=12")
-RUN = (*RUN, "train.checkpoint_every_examples=512", "train.log_every_examples=512")
+RUN = (
+    "experiment=digits",
+    "tracker=none",
+    "train.batch_size=4",
+    "train.epochs=80",
+    "train.checkpoint_every_examples=512",
+    "train.log_every_examples=512",
+)
 
 
 @dataclass(frozen=True)
 class Kill:
-    """seen: examples when the process was killed; resumed: at which the next attempt went on. None before a first step."""
+    """seen: examples of its last step; resumed: examples at which the next attempt went on. None before a first step."""
 
     process: int
     seen: int | None

@@ -35,10 +35,9 @@ def path(folder: Path, attempt: int, rank: int) -> Path:
 def witnessed(folder: Path, attempt: int, rank: int) -> Attempt | None:
     """As it was written down; a line that a kill cut off is left out. None if the process has not begun to train."""
     file = path(folder, attempt, rank)
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
-    if not lines:
+    if not file.exists() or "\n" not in (text := file.read_text()):
         return None
-    pid, *steps = ([int(word) for word in line.split()] for line in lines)
+    pid, *steps = ([int(word) for word in line.split()] for line in text.rpartition("\n")[0].splitlines())
     return Attempt(pid[0], {position: indices for position, *indices in steps})
 
 
