@@ -25,7 +25,8 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[BinaryIO]
             os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

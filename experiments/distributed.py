@@ -185,6 +185,12 @@ class Process:
 ALONE = Process()
 
 
+def refuse_processes(what: str) -> None:
+    """Raises UserError in what starts the processes that it needs by itself."""
+    if this_process().world_size > 1:
+        raise UserError(f"{what} runs many models, each in a process of its own: start it without torchrun")
+
+
 @cache
 def this_process() -> Process:
     """As the launcher's environment variables tell."""

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from experiments import checkpoint, history, record, witness
+from experiments import checkpoint, history, record
 from experiments.atomic import atomic_write
 from experiments.benchmarks.machine import machine
 from experiments.errors import UserError, command_line
@@ -51,7 +51,7 @@ RUN = (
 
 @dataclass(frozen=True)
 class Kill:
-    """seen: examples of its last step; resumed: examples at which the next attempt went on. None before a first step."""
+    """seen: examples of its last step; resumed: examples at which the next attempt went on. None where no step was."""
 
     process: int
     seen: int | None

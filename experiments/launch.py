@@ -13,6 +13,7 @@ from rich.console import Console
 
 from experiments import laboratory, report
 from experiments.description import OUTCOME, Description, environment, places
+from experiments.distributed import refuse_processes
 from experiments.errors import UserError
 from experiments.fingerprint import as_dict
 from experiments.jobs import Job, load, run_jobs
@@ -26,6 +27,7 @@ def run_study(config: Config, directory: Path) -> None:
 
     Interrupting loses the unfinished jobs only.
     """
+    refuse_processes("a study")
     console = Console()
     if (settings := config.study) is None:
         raise UserError("study=null: choose an experiment that has one, as experiment=batch_size_invariance")

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from experiments import record
 from experiments.config import CONF, as_config
+from experiments.distributed import refuse_processes, this_process
 from experiments.errors import Diverged, UserError, command_line
 from experiments.jobs import Training, training
 from experiments.progress import Notify, note, progress_line
@@ -66,6 +67,7 @@ def run_search(config: Config, directory: Path, overrides: Sequence[str]) -> Non
     overrides: those that the configuration was composed with, to which each trial adds its own. Raises UserError for a
     search that cannot be, and if no trial comes to its end.
     """
+    refuse_processes("a search")
     console = Console()
     search = read_search(config)
     group = config.tracker.group or f"{config.name} search"
@@ -235,7 +237,7 @@ def track(run: Tracker, trials: Sequence[Trial], command: str) -> None:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
     job = HydraConfig.get()
-    with command_line():
+    with command_line(), this_process().one_message():
         run_search(as_config(composed), Path(job.runtime.output_dir), job.overrides.task)
 
 

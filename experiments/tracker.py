@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -140,6 +140,10 @@ class WandbTracker(Tracker):
         except Exception as error:  # whatever it is: days of training are worth more than a chart
             self._run = None
             print(f"W&B failed, and this run {consequence}: {error}", file=sys.stderr)
+            if isinstance(error, ConnectionError):
+                # Its service is gone: the next run of this process is to start another, and nothing to wait for this.
+                with suppress(Exception):
+                    self._wandb.teardown()
 
 
 TRACKERS: dict[str, Callable[[Config, Path, str | None], Tracker]] = {

@@ -26,6 +26,7 @@ from experiments.capacity import GIGABYTE, free_memory, largest_batch, step_memo
 from experiments.config import CONF, as_config
 from experiments.data import load_data
 from experiments.description import environment
+from experiments.distributed import refuse_processes, this_process
 from experiments.documents import Table, markdown
 from experiments.errors import UserError, check_distinct, command_line
 from experiments.schemas.optimizer import BatchInvariantAdamConfig
@@ -42,6 +43,7 @@ def run_tune(config: Config, directory: Path, overrides: Sequence[str]) -> None:
 
     overrides: those that the configuration was composed with.
     """
+    refuse_processes("tuning")
     console = Console()
     tune = check(config)
     device = prepare(config)
@@ -124,7 +126,8 @@ def tell(parts: Sequence[str | Table], directory: Path, console: Console) -> Non
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="tune")
 def main(composed: DictConfig) -> None:
-    with command_line("interrupted: what is finished is kept, and the same command continues"):
+    interrupted = "interrupted: what is finished is kept, and the same command continues"
+    with command_line(interrupted), this_process().one_message():
         job = HydraConfig.get()
         run_tune(as_config(composed), Path(job.runtime.output_dir), job.overrides.task)
 

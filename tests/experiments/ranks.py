@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from experiments import distributed
 from experiments import train as train_module
 from experiments.config import compose_config
 from experiments.data import Dataset
@@ -104,6 +105,7 @@ def command(process: Process, arguments: list[str]) -> tuple[int, str, str]:
     with (
         mock.patch.object(sys, "argv", ["experiments.train", *arguments]),
         mock.patch.object(train_module, "this_process", return_value=process),
+        mock.patch.object(distributed, "this_process", return_value=process),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

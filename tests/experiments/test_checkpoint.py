@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 from experiments import checkpoint
-from experiments.errors import UserError
+from experiments.errors import UserError, as_user_errors
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,30 @@ def test_a_failed_write_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.
             checkpoint.save(tmp_path, state(2))
     assert checkpoint.load(tmp_path / checkpoint.FILE, CPU)["number"] == 1
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_cannot_grow_leaves_the_last_one(tmp_path: Path) -> None:
+    """As on a full disk, torch's own writer meets the error, and fails over it with another one."""
+    checkpoint.save(tmp_path, state(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with (
+            pytest.raises(UserError, match=f"File too large: '{tmp_path / checkpoint.FILE}': make room"),
+            as_user_errors(),
+        ):
+            checkpoint.save(tmp_path, state(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.load(tmp_path / checkpoint.FILE, CPU)["number"] == 1
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_goes(tmp_path: Path) -> None:
+    (tmp_path / f".{checkpoint.FILE}.123").write_bytes(b"half")
+    (tmp_path / ".mine").write_bytes(b"whole")
+    checkpoint.save(tmp_path, state(1))
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.FILE, ".mine"}
 
 
 def test_a_kill_between_the_two_renames_leaves_the_previous_one(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from itertools import chain
 import pytest
 import torch
 
+from experiments.distributed import Process
 from experiments.errors import UserError
 from experiments.sampler import Sampler
 
@@ -57,3 +58,12 @@ def test_indices_of_a_step_can_be_had_again() -> None:
 def test_refuses_a_batch_that_the_data_cannot_fill(batch_size: int) -> None:
     with pytest.raises(UserError, match=f"train.batch_size={batch_size} must be between 1 and the 100"):
         Sampler(N, batch_size, 0, CPU)
+
+
+def test_processes_have_a_batch_between_them_and_any_number_of_them_continues() -> None:
+    samplers = [Sampler(N, 16, 0, CPU, Process(rank, 3)) for rank in range(3)]
+    parts = [[indices.tolist() for indices in sampler.until(160)] for sampler in samplers]
+    assert [joined(list(batch)) for batch in zip(*parts, strict=True)] == drawn(16, [160])
+    alone = Sampler(N, 16, 0, CPU)
+    alone.load_state_dict(samplers[2].state_dict())
+    assert [batch.tolist() for batch in alone.until(320)] == drawn(16, [320])[10:]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -131,6 +133,27 @@ def test_a_failure_of_wandb_is_told_once_and_stops_nothing(
         tracker.image("figure", tmp_path / "figure.png")
     assert tracker.run_id is None
     assert capsys.readouterr().err == "W&B failed, and this run goes on without it: disk is full\n"
+
+
+def test_a_service_that_is_killed_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def log(directory: Path, kill: bool) -> None:
+        directory.mkdir()
+        with open_tracker(config(), directory) as tracker:
+            if kill:
+                services = [child for child in psutil.Process().children() if "wandb" in child.name()]
+                assert services
+                for service in services:
+                    service.kill()
+                    service.wait()
+            for examples in range(100):
+                tracker.log(examples, {"loss/batch": 1.5})
+                time.sleep(0.001)
+
+    log(tmp_path / "killed", kill=True)
+    assert capsys.readouterr().err.startswith("W&B failed, and this run goes on without it: ")
+    log(tmp_path / "next", kill=False)
+    assert capsys.readouterr().err == ""
+    assert json.loads(inspect(*runs(tmp_path / "next"), "--summary"))["state"] == "finished"
 
 
 def test_no_tracker_does_not_import_wandb(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from experiments.data import Dataset, Split, batches, load_data, loading
 from experiments.data.augmentation import Augmentation
 from experiments.data.dataset import placed
 from experiments.data.loading import AHEAD, prefetched
+from experiments.distributed import Process
 from experiments.sampler import Sampler
 from experiments.schemas.data import TokensConfig
 
@@ -46,6 +47,17 @@ def test_the_stream_is_the_same_for_every_batch_size_and_stop(augmentation: Augm
     for batch_size, stops in {4: [20, 120], 24: [24, 24, 120], 40: [120]}.items():
         again = whole(data(augmentation), batch_size, stops)
         assert torch.equal(x, again[0]) and torch.equal(y, again[1])
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["in memory", "read ahead"])
+@pytest.mark.parametrize("augmentation", [None, Augmentation(2, flip=True)])
+def test_processes_have_the_rows_of_a_batch_between_them(augmentation: Augmentation | None, mapped: bool) -> None:
+    split = Split(X, Y, mapped=mapped)
+    dataset = Dataset(split, split, N, augmentation=augmentation)
+    parts = [list(batches(dataset, Sampler(N, 8, 0, CPU, Process(rank, 3)), 120)) for rank in range(3)]
+    x, y = (torch.cat([part[i] for batch in zip(*parts, strict=True) for part in batch]) for i in (0, 1))
+    expected = whole(dataset, 8, [120])
+    assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
 
 
 ORDER = torch.from_numpy(Sampler(N, 1, 0, CPU).stream(0, 120))

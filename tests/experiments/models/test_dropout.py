@@ -6,7 +6,7 @@ from torch import nn
 
 from experiments.errors import UserError
 from experiments.models import build_model
-from experiments.models.dropout import StreamDropout
+from experiments.models.dropout import StreamDropout, share_draws
 from experiments.schemas.model import ConvnetConfig, MLPConfig, ModelConfig, Normalisation
 
 
@@ -38,3 +38,16 @@ def test_a_convnet_drops_before_its_last_layer() -> None:
 def test_what_is_no_probability_is_a_user_error(config: ModelConfig) -> None:
     with pytest.raises(UserError, match=r"model.dropout=.* must be at least 0 and less than 1"):
         build_model(config, (1, 8, 8), 10)
+
+
+def test_processes_draw_the_masks_of_the_whole_batch() -> None:
+    """Each has its rows of them, and all have drawn as much."""
+    x = torch.ones(12, 33)
+    torch.manual_seed(0)
+    model = nn.Sequential(StreamDropout(0.5))
+    whole, state = model(x), torch.get_rng_state()
+    for rows in (slice(0, 5), slice(5, 12)):
+        share_draws(model, rows, 12)
+        torch.manual_seed(0)
+        assert torch.equal(model(x[rows]), whole[rows])
+        assert torch.equal(torch.get_rng_state(), state)
