@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,10 @@ PATIENCE = timedelta(seconds=30)
 
 
 class Process:
-    """One of `world_size` processes; alone, it agrees with itself. rank 0 is the first: it alone writes and tells."""
+    """One of `world_size` processes; alone, it agrees with itself. rank 0 is the first: it alone writes and tells.
+
+    To be used in a `with` around all of its communication.
+    """
 
     def __init__(self, rank: int = 0, world_size: int = 1, store: dist.Store | None = None) -> None:
         self.rank = rank
@@ -67,6 +70,14 @@ class Process:
         if self.world_size > 1 and not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        # A process that ends with a group may abort; but NCCL waits, and where one of the others failed for ever.
+        if self.world_size > 1 and dist.is_initialized() and (kind is None or dist.get_backend() == "gloo"):
+            dist.destroy_process_group()
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model, whose gradients become their mean over the processes in the backward pass."""
@@ -193,7 +204,13 @@ def refuse_processes(what: str) -> None:
 
 @cache
 def this_process() -> Process:
-    """As the launcher's environment variables tell."""
+    """As the launcher's environment variables tell: torchrun's, or those of a job of submitit's with several tasks."""
+    if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:
+        from submitit import JobEnvironment  # here: only a cluster needs it
+        from submitit.helpers import TorchDistributedEnvironment
+
+        if JobEnvironment().num_tasks > 1:
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         return ALONE

@@ -272,6 +272,7 @@ def main(composed: DictConfig) -> None:
         command_line(f"interrupted: the same command with {again} continues"),
         as_failed_job() if multirun else nullcontext(),
         process.one_message(),
+        process,
     ):
         config = as_config(composed)
         if config.resume and not is_lasting(composed):

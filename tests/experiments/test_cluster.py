@@ -24,18 +24,23 @@ SBATCH = """#!{python}
 import os, pathlib, re, subprocess, sys
 script = pathlib.Path(sys.argv[-1])
 first, last = map(int, re.search(r"--array=(\\d+)-(\\d+)", script.read_text()).groups())
+tasks = re.search(r"--ntasks-per-node=(\\d+)", script.read_text()).group(1)
 for task in range(first, last + 1):
     slurm = {{"SLURM_JOB_ID": f"7{{task}}", "SLURM_ARRAY_JOB_ID": "77", "SLURM_ARRAY_TASK_ID": str(task)}}
-    slurm |= {{"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}}
-    slurm |= {{"SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "here", "SLURM_JOBID": f"7{{task}}", "SLURM_NNODES": "1"}}
+    slurm |= {{"SLURM_NTASKS": tasks, "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}}
+    slurm |= {{"SLURM_JOB_NODELIST": "localhost", "SLURM_JOBID": f"7{{task}}"}}
     null = subprocess.DEVNULL
     subprocess.Popen(["bash", str(script)], env=os.environ | slurm, stdout=null, stderr=null, start_new_session=True)
 print("Submitted batch job 77")
 """
 SRUN = """#!{python}
-import os, sys
+import os, subprocess, sys
 start = next(i for i, word in enumerate(sys.argv) if word == {python!r})
-os.execv(sys.argv[start], sys.argv[start:])
+tasks = range(int(os.environ["SLURM_NTASKS"]))
+ids = [os.environ | {{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}} for task in tasks]
+logs = [open(f"{sweep}/{{os.environ['SLURM_JOB_ID']}}-{{task}}.log", "w") for task in tasks]
+started = [subprocess.Popen(sys.argv[start:], env=own, stdout=log) for own, log in zip(ids, logs)]
+sys.exit(max(task.wait() for task in started))
 """
 SACCT = """#!{python}
 import pathlib
@@ -58,6 +63,10 @@ def test_launchers_compose() -> None:
     ours = launcher("hydra/launcher=slurm", "hydra.launcher.partition=gpu")
     assert set(ours) == set(theirs) and ours["_target_"] == theirs["_target_"] and ours["partition"] == "gpu"
     assert ours["max_num_timeout"] > 0 == theirs["max_num_timeout"]
+    shared = launcher(
+        "hydra/launcher=slurm", *(f"hydra.launcher.{key}=4" for key in ("tasks_per_node", "gpus_per_node"))
+    )
+    assert (shared["tasks_per_node"], shared["gpus_per_node"], shared["nodes"]) == (4, 4, 1)
     assert launcher("hydra/launcher=joblib")["_target_"].endswith("JoblibLauncher")
 
 
@@ -80,16 +89,22 @@ def test_a_sweep_runs_through_submitit_on_this_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_as_an_array_of_slurm_jobs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_sweep_runs_as_an_array_of_slurm_jobs(tasks: int, tmp_path: Path) -> None:
     directory, commands = tmp_path / "sweep", tmp_path / "bin"
     commands.mkdir()
     for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("sacct", SACCT)):
         (commands / name).write_text(text.format(python=sys.executable, sweep=str(directory)))
         (commands / name).chmod(0o755)
-    ended = sweep(directory, "hydra/launcher=slurm", "hydra.launcher.partition=long", path=str(commands))
+    options = ["hydra/launcher=slurm", "hydra.launcher.partition=long", f"hydra.launcher.tasks_per_node={tasks}"]
+    ended = sweep(directory, *options, path=str(commands))
     assert ended.returncode == 0, ended.stderr
     assert finished(directory)
+    told = {path.stem: "training loss" in path.read_text() for path in directory.glob("*.log")}
+    assert told == {f"7{job}-{task}": task == 0 for job in range(2) for task in range(tasks)}
     script = (directory / ".submitit/77/77_submission.sh").read_text()
+    assert "export SLURM_KILL_BAD_EXIT=1" in script
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", script, flags=re.MULTILINE))
     assert (asked["partition"], asked["array"], asked["mem"]) == ("long", "0-1%2", "8GB")
     assert (asked["cpus-per-task"], asked["time"]) == ("2", "240") and "gpus-per-node" not in asked
+    assert asked["ntasks-per-node"] == str(tasks)
