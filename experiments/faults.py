@@ -4,7 +4,7 @@ python -m experiments.faults                                 20 kills among two 
 python -m experiments.faults --kills 3 optimizer=adam        with overrides of experiments.train
 
 The same run is made twice under torchrun, once undisturbed. Of the other one a process is killed at a moment that is
-drawn after each start, be it in a step, while a checkpoint is written, or before the first step; torchrun's elastic
+drawn after each first step, be it in a step, in an evaluation, or while a checkpoint is written; torchrun's elastic
 restart then starts all of them again. At the end everything must be equal to the last bit.
 """
 
@@ -35,7 +35,7 @@ from experiments.errors import UserError, command_line
 from experiments.record import Record
 from experiments.witness import Attempt, witnessed
 
-LATEST = 4.0  # seconds after its start at which a process is killed; it takes its first step after one or two
+LATEST = 4.0  # seconds after the first step at which a process is killed: some checkpoints, or none
 POLL = 0.02  # seconds
 PATIENCE = 120.0  # seconds, for processes to start
 # Small steps and many checkpoints: a kill finds any part of the loop. Long enough for 20 kills at LATEST / 2 each.
@@ -51,11 +51,11 @@ RUN = (
 
 @dataclass(frozen=True)
 class Kill:
-    """seen: examples of its last step; resumed: examples at which the next attempt went on. None where no step was."""
+    """seen: examples of its last step; resumed: examples at which the next attempt went on."""
 
     process: int
-    seen: int | None
-    resumed: int | None
+    seen: int
+    resumed: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Run:
     def witnesses(self) -> Path:
         return self.folder / "witnesses"
 
-    def attempt(self, number: int) -> list[Attempt | None]:
+    def attempt(self, number: int) -> list[Attempt]:
+        """By process."""
         return [witnessed(self.witnesses, number, rank) for rank in range(self.processes)]
 
     @contextmanager
@@ -101,18 +102,12 @@ class Run:
             raise UserError(f"the run failed: {self.folder / 'output.txt'} says why")
 
 
-def first_step(attempt: Sequence[Attempt | None]) -> int | None:
-    """Examples seen after the first step that all processes were given."""
-    steps = [min(process.steps, default=None) for process in attempt if process is not None]
-    return None if len(steps) < len(attempt) or None in steps else steps[0]
-
-
 def disturb(run: Run, torchrun: subprocess.Popen[bytes], kills: int, draw: random.Random) -> list[int]:
     """Kills a process of each of the first attempts; their ranks."""
     killed = []
     for number in range(kills):
         deadline = time.monotonic() + PATIENCE
-        while None in (attempt := run.attempt(number)):
+        while not all(process.steps for process in run.attempt(number)):
             if torchrun.poll() is not None:
                 raise UserError(f"the run ended after {number} kills of {kills}: lengthen it with train.epochs=")
             if time.monotonic() > deadline:
@@ -120,12 +115,18 @@ def disturb(run: Run, torchrun: subprocess.Popen[bytes], kills: int, draw: rando
             time.sleep(POLL)
         time.sleep(draw.uniform(0, LATEST))
         rank = draw.randrange(run.processes)
-        victim = attempt[rank]
-        assert victim is not None
         if torchrun.poll() is None:
-            os.kill(victim.pid, signal.SIGKILL)
+            os.kill(run.attempt(number)[rank].pid, signal.SIGKILL)
             killed.append(rank)
     return killed
+
+
+def steps(run: Run, attempt: int) -> dict[int, list[int]]:
+    """What the processes together were given for each step of an attempt, by the examples seen after it."""
+    processes = [process.steps for process in run.attempt(attempt)]
+    # A kill may come when some processes have been given a step and others have not.
+    counts = sorted(set.intersection(*map(set, processes)))
+    return {seen: [index for process in processes for index in process[seen]] for seen in counts}
 
 
 def trajectory(run: Run, attempts: int) -> dict[int, list[int]]:
@@ -135,21 +136,17 @@ def trajectory(run: Run, attempts: int) -> dict[int, list[int]]:
     """
     kept: dict[int, list[int]] = {}
     for number in range(attempts):
-        attempt = run.attempt(number)
-        if (first := first_step(attempt)) is None:
-            continue
-        steps = [process.steps for process in attempt if process is not None]
-        # A kill may come when some processes have been given a step and others have not.
-        counts = sorted(set.intersection(*map(set, steps)))
-        if kept and first > max(kept) + first_batch(kept):
-            raise UserError(f"attempt {number} began at {first} examples, and the one before it ended at {max(kept)}")
-        kept = {seen: indices for seen, indices in kept.items() if seen < first}
-        kept |= {seen: [index for process in steps for index in process[seen]] for seen in counts}
+        begin = beginning(found := steps(run, number))
+        if begin != 0 and begin not in kept:
+            raise UserError(f"attempt {number} began at {begin} examples, where the one before it had not been")
+        kept = {seen: indices for seen, indices in kept.items() if seen <= begin} | found
     return kept
 
 
-def first_batch(steps: dict[int, list[int]]) -> int:
-    return len(next(iter(steps.values())))
+def beginning(steps: dict[int, list[int]]) -> int:
+    """Examples seen before the first step."""
+    seen, indices = next(iter(steps.items()))
+    return seen - len(indices)
 
 
 def final(run: Run) -> dict[str, Any]:
@@ -175,11 +172,7 @@ def examine(output: Path, kills: int, processes: int, seed: int, overrides: Sequ
         disturbed.finish(torchrun)
     found = []
     for number, rank in enumerate(ranks):
-        victim, following = disturbed.attempt(number)[rank], first_step(disturbed.attempt(number + 1))
-        assert victim is not None
-        batch = first_batch(trajectory(whole, 1))
-        resumed = None if following is None else following - batch
-        found.append(Kill(rank, max(victim.steps, default=None), resumed))
+        found.append(Kill(rank, max(disturbed.attempt(number)[rank].steps), beginning(steps(disturbed, number + 1))))
     same = {name: value == final(whole)[name] for name, value in final(disturbed).items()}
     same["examples"] = trajectory(disturbed, len(ranks) + 1) == trajectory(whole, 1)
     return {"kills": [asdict(kill) for kill in found], "same": same, "final": final(whole)["metrics"]}

@@ -32,12 +32,13 @@ def path(folder: Path, attempt: int, rank: int) -> Path:
     return folder / f"{attempt}-{rank}.txt"
 
 
-def witnessed(folder: Path, attempt: int, rank: int) -> Attempt | None:
-    """As it was written down; a line that a kill cut off is left out. None if the process has not begun to train."""
+def witnessed(folder: Path, attempt: int, rank: int) -> Attempt:
+    """As it was written down; a line that a kill cut off is left out. Without steps if it has not begun to train."""
     file = path(folder, attempt, rank)
-    if not file.exists() or "\n" not in (text := file.read_text()):
-        return None
-    pid, *steps = ([int(word) for word in line.split()] for line in text.rpartition("\n")[0].splitlines())
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    if not whole:
+        return Attempt(0)
+    pid, *steps = ([int(word) for word in line.split()] for line in whole.splitlines())
     return Attempt(pid[0], {position: indices for position, *indices in steps})
 
 
