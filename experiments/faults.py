@@ -175,7 +175,8 @@ def examine(output: Path, kills: int, processes: int, seed: int, overrides: Sequ
         found.append(Kill(rank, max(disturbed.attempt(number)[rank].steps), beginning(steps(disturbed, number + 1))))
     same = {name: value == final(whole)[name] for name, value in final(disturbed).items()}
     same["examples"] = trajectory(disturbed, len(ranks) + 1) == trajectory(whole, 1)
-    return {"kills": [asdict(kill) for kill in found], "same": same, "final": final(whole)["metrics"]}
+    reached = {key: values[-1] for key, values in final(whole)["metrics"].items() if isinstance(values, list)}
+    return {"kills": [asdict(kill) for kill in found], "same": same, "final": reached}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -51,12 +51,18 @@ ELSEWHERE = {
     "python -m experiments.train experiment=gpu_gpt2 data.path=TOKENS.bin": "see test_gpu_experiments.py",
     "python -m experiments.train -m experiment=digits seed=0,1 directory=outputs/sweep resume=true "
     "hydra/launcher=slurm hydra.launcher.partition=NAME": "needs a cluster: see test_cluster.py",
+    "python -m experiments.train -m experiment=digits seed=0,1 directory=outputs/sweep resume=true "
+    "hydra/launcher=slurm hydra.launcher.tasks_per_node=4 hydra.launcher.gpus_per_node=4": "needs a cluster, too",
+    "srun --nodes 2 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d "
+    "--rdzv-id $SLURM_JOB_ID --rdzv-endpoint HOST:29500 -m experiments.train experiment=gpu_gpt2 data.path=TOKENS.bin "
+    "directory=outputs/gpt2 resume=true": "needs a cluster: of torchrun on one machine see test_distributed.py",
 }
 # Appended to a command that would take too long as it stands.
 SHORTENED = {
     "python -m experiments.benchmark": ["--quick", "-c", "plain", "loop"],
     "python -m experiments.benchmark mlp gpt -c 'ours-*'": ["--quick"],
     "python -m experiments.optimizer_benchmark": ["--parameters", "1e4", "--shapes", "mlp", "--steps", "2"],
+    "python -m experiments.faults": ["--kills", "1", "train.epochs=24"],
     "python -m experiments.sampled": ["--epochs", "0.1", "--seeds", "0"],
     "python -m experiments.estimators": [
         "--tasks",

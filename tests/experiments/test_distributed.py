@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -35,6 +37,7 @@ from tests.experiments.ranks import Ranks, alone, command, train_exactly
 from tests.experiments.runs import numbers, parameters
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 CROSS_ENTROPY = F.cross_entropy
 
 
@@ -306,3 +309,37 @@ def test_more_processes_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes have 1 GPUs: start 1 of them, or use device=cpu"):
         Process(0, 2).gpu()
+
+
+def torchrun(*arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=directory, env=environment, timeout=300)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_into_one_directory(tmp_path: Path) -> None:
+    ended = torchrun("-m", "experiments.train", *SHORT, "optimizer=adam", "name=both", directory=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (directory,) = (tmp_path / "outputs" / "both").iterdir()
+    assert ended.stdout.count("training loss") == 1 and f"written to {directory}" in ended.stdout
+    alone = train(compose_config([*SHORT, "optimizer=adam"]), tmp_path / "alone")
+    assert Record.load(directory / record.FILE).train_loss == pytest.approx(alone.train_loss, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 2])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train.epoch=3", "Key 'epoch' not in 'TrainConfig'"), ("optimizer.lr=1e30", "not finite at step 2")],
+    ids=["composition", "divergence"],
+)
+def test_torchrun_has_one_message(override: str, message: str, restarts: int, tmp_path: Path) -> None:
+    """torchrun itself tells more: which processes ended, and how."""
+    run = ["-m", "experiments.train", *SHORT, "optimizer=sgd_linear", "resume=true", f"directory={tmp_path}/run"]
+    ended = torchrun("--max-restarts", str(restarts), *run, override, directory=tmp_path)
+    assert ended.returncode == 1
+    told = [line for line in ended.stderr.splitlines() if message in line]
+    # Hydra's own messages are told again with every start; those of this project are not.
+    assert len(told) == (1 + restarts if override == "train.epoch=3" else 1), ended.stderr
+    assert "/experiments/" not in ended.stderr, "a traceback"
