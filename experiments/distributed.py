@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,9 +81,12 @@ class Process:
             dist.destroy_process_group()
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model, whose gradients become their mean over the processes in the backward pass."""
+        """The model, whose gradients become their mean over the processes in the backward pass, and whose statistics
+        are those of the examples of all."""
         if self.world_size == 1:
             return model
+        # What it asks for is `weight`.
+        warnings.filterwarnings("ignore", "the ranks of DistributedDataParallel backpropagated")
         return DistributedDataParallel(model)
 
     def rows(self, batch_size: int) -> slice:
@@ -132,6 +136,12 @@ class Process:
             raise error
         decided: T = value
         return decided
+
+    def in_turn(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The first acts before the others do: what it fetches into a cache, they find there."""
+        done: list[T] = []
+        self.decide(lambda: done.append(action(*args, **kwargs)))
+        return done[0] if done else action(*args, **kwargs)
 
     @contextmanager
     def one_message(self) -> Iterator[None]:

@@ -68,7 +68,7 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
     if (finished := process.decide(previous_run, config, directory)) is not None:
         return finished
     directory.mkdir(parents=True, exist_ok=True)
-    data = load_data(config.data, device)
+    data = process.in_turn(load_data, config.data, device)
 
     B = config.train.batch_size
     sampler = Sampler(len(data.train), B, config.seed, device, process)
@@ -156,7 +156,7 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
             process.decide(history.log, stop, values)
             notify(stop, total, latest)
             if stop in checkpoints:
-                history.flush()
+                process.decide(history.flush)
                 process.decide(save, config, directory, parts, device, result, tracker.run_id)
 
         result.status = "finished"

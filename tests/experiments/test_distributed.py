@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -60,11 +62,24 @@ def same_curve(found: Record, expected: Record) -> None:
     assert numbers(dataclasses.replace(found, **unequal)) == numbers(dataclasses.replace(expected, **unequal))
 
 
+UNEVEN = ["train.batch_size=15", "evaluation.multiple=255"]
 CURVES = {
     "adam": ["optimizer=adam"],
     "clipped": ["optimizer=sgd_linear", "train.max_norm=0.1"],
-    "7 and 8 of 15": ["optimizer=adam", "train.batch_size=15", "evaluation.multiple=255"],
+    "7 and 8 of 15": ["optimizer=adam", *UNEVEN],
+    "ours": ["optimizer=batch_invariant_adam_r1", "tracker.detail=true"],
+    "ours, R above B": ["optimizer=batch_invariant_adam", "train.batch_size=8"],
+    "ours, 7 and 8 of 15": ["optimizer=batch_invariant_adam_r1", "train.max_norm=0.1", *UNEVEN],
 }
+
+
+def needs_statistics(name: str) -> Any:
+    """Those of several processes came with gradstats.distributed."""
+    missing = find_spec("gradstats.distributed") is None
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason="no gradstats.distributed"))
+
+
+CASES = [needs_statistics(name) if "ours" in name else name for name in CURVES]
 
 
 def check_curve(started: Ranks, overrides: list[str], folder: Path) -> None:
@@ -77,13 +92,25 @@ def check_curve(started: Ranks, overrides: list[str], folder: Path) -> None:
     assert one == other
 
 
-@pytest.mark.parametrize("case", CURVES)
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_have_the_learning_curve_of_one(case: str, two: Ranks, tmp_path: Path) -> None:
     check_curve(two, [*SHORT, *CURVES[case]], tmp_path)
 
 
+def trained(process: Process, overrides: list[str], directory: Path) -> Record:
+    return train(compose_config(overrides), directory, process=process)
+
+
+@pytest.mark.parametrize("method", ["adam", needs_statistics("batch_invariant_adam_r1")])
+def test_in_float32_they_differ_by_the_order_of_sums(method: str, two: Ranks, tmp_path: Path) -> None:
+    overrides = [*SHORT, f"optimizer={method}", "train.batch_size=64"]
+    first, second = two(trained, overrides, tmp_path / "together")
+    assert numbers(first) == numbers(second)
+    assert first.train_loss == pytest.approx(trained(ALONE, overrides, tmp_path / "alone").train_loss, rel=1e-5)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CURVES)
+@pytest.mark.parametrize("case", CASES)
 def test_four_processes_have_the_learning_curve_of_one(case: str, four: Ranks, tmp_path: Path) -> None:
     check_curve(four, [*SHORT, *CURVES[case]], tmp_path)
 
@@ -239,6 +266,21 @@ def test_what_the_first_decides_is_everybodys(two: Ranks) -> None:
     assert two(decided, UserError("no")) == [(1, "no"), (0, "no")]
     disk = OSError(errno.ENOSPC, "full")
     assert all("full: make room" in told for _, told in two(decided, disk))
+
+
+def fetched(process: Process, cache: Path) -> tuple[int, bool]:
+    def fetch() -> bool:
+        if found := cache.exists():
+            return found
+        time.sleep(0.3)
+        cache.write_text("data")
+        return found
+
+    return process.rank, process.in_turn(fetch)
+
+
+def test_what_the_first_fetches_the_others_find(two: Ranks, tmp_path: Path) -> None:
+    assert two(fetched, tmp_path / "cache") == [(0, False), (1, True)]
 
 
 @pytest.mark.parametrize("batch_size", [16, 15, 3])
