@@ -70,7 +70,7 @@ def of_run(experiment: Experiment, local: bool) -> Line:
     if not ended:
         return Line(experiment, UNKNOWN if local else "", "", "")
     last = ended[-1]
-    losses = f"training loss {last.train_loss[-1]:.4f}, test loss {last.test_loss[-1]:.4f}, {last.label}"
+    losses = f"training loss {last.final_train_loss:.4f}, test loss {last.final_test_loss:.4f}, {last.label}"
     return Line(experiment, duration(last.seconds), "", losses)
 
 

@@ -36,6 +36,20 @@ class Record:
     test_accuracy: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
+    @property
+    def final_train_loss(self) -> float:
+        """That of the initial model, of a run that diverged: what it had learnt is lost."""
+        return self.train_loss[self._last]
+
+    @property
+    def final_test_loss(self) -> float:
+        """The same of the test loss."""
+        return self.test_loss[self._last]
+
+    @property
+    def _last(self) -> int:
+        return 0 if self.status == "diverged" else -1
+
     def save(self, path: Path) -> None:
         with atomic_write(path) as file:
             file.write(json.dumps(dataclasses.asdict(self), indent=1).encode())

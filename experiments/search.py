@@ -158,11 +158,10 @@ def jobs_of(config: Config, seeds: Sequence[int], directory: Path) -> list[Train
 
 
 def final_loss(result: Record, search: SearchConfig) -> float:
-    """Of a run that diverged, that of its initial model. Raises UserError if even that is not finite."""
-    curve = result.test_loss if search.loss is Searched.test else result.train_loss
-    if not curve:
+    """Raises UserError if not even the initial model has one."""
+    if not result.examples:
         raise UserError("the loss of the initial model is not finite")
-    return curve[0] if result.status == "diverged" else curve[-1]
+    return result.final_test_loss if search.loss is Searched.test else result.final_train_loss
 
 
 def prune(trial: optuna.Trial, config: Config, search: SearchConfig, seen: int, total: int, loss: float) -> None:

@@ -110,9 +110,8 @@ class Tuner:
 
 
 def final(record: Record) -> tuple[float, float]:
-    """Training and held-out loss."""
-    last = 0 if record.status == "diverged" else -1
-    return min(record.train_loss[0], record.train_loss[last]), record.test_loss[last]
+    """Training loss, at most that of the initial model, and held-out loss."""
+    return min(record.train_loss[0], record.final_train_loss), record.final_test_loss
 
 
 def moved(optimizer: Optimizer, octaves: float) -> Optimizer:

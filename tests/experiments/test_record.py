@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,9 @@ def test_what_is_not_a_record_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=f"{path} is not a record .* delete it"):
         Record.load(path)
+
+
+def test_what_diverged_ends_where_it_began() -> None:
+    assert (RECORD.final_train_loss, RECORD.final_test_loss) == (0.1, 0.2)
+    diverged = dataclasses.replace(RECORD, status="diverged")
+    assert (diverged.final_train_loss, diverged.final_test_loss) == (2.302585092994046, 2.4)

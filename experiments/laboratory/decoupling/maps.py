@@ -65,9 +65,8 @@ def learning_rate(octave: Estimate) -> Estimate:
 
 
 def final_log_loss(record: Record) -> float:
-    """ln of the final training loss; of the initial one, for a run that diverged or ended above it."""
-    final = record.train_loss[-1] if record.status == "finished" else np.inf
-    return float(np.log(min(final, record.train_loss[0])))
+    """ln of the final training loss; of the initial one, for a run that ended above it."""
+    return float(np.log(min(record.final_train_loss, record.train_loss[0])))
 
 
 def best(x: Array, losses: Array) -> Array:

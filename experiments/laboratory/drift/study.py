@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from experiments.cube import Cube, cube
@@ -15,7 +16,6 @@ from experiments.laboratory.drift.follow import beta_of, follow, lengths_of
 from experiments.laboratory.drift.tables import tables
 from experiments.laboratory.problem import data_of, problem_of
 from experiments.laboratory.schemas import DriftConfig
-from experiments.record import Record
 from experiments.schedule import budget
 from experiments.schemas.model import MLPConfig
 from experiments.schemas.optimizer import BatchInvariantAdamConfig
@@ -133,11 +133,8 @@ def each(found: dict[str, Any], value: Callable[[dict[str, Any]], Any]) -> list[
 
 def losses(results: Sequence[Result]) -> Cube:
     """Final training losses (S, horizon, lr); a run that diverged has its first."""
-
-    def final(found: Record) -> float:
-        return found.train_loss[-1] if found.status == "finished" else found.train_loss[0]
-
-    return cube([r for r in results if "multiplier" in r.coordinates], ["seed", "horizon", "multiplier"], final)
+    trained = [result for result in results if "multiplier" in result.coordinates]
+    return cube(trained, ["seed", "horizon", "multiplier"], attrgetter("final_train_loss"))
 
 
 STUDY = Drift

@@ -142,13 +142,8 @@ def analyse(settings: SGDMomentumConfig, results: Sequence[Result]) -> Analysis:
 def tuned_lr(records: Sequence[Result]) -> float:
     """The one with the lowest ln(final training loss), mean over seeds."""
     tuning = [result for result in records if result.coordinates["stage"] == "tuning"]
-    losses = cube(tuning, ("lr", "seed"), final)
+    losses = cube(tuning, ("lr", "seed"), lambda record: np.log(record.final_train_loss))
     return losses.numbers("lr")[int(losses.values.mean(axis=1).argmin())]
-
-
-def final(record: Record) -> float:
-    """ln(final training loss); that of the initial model if the run diverged."""
-    return float(np.log(record.train_loss[-1 if record.status == "finished" else 0]))
 
 
 def log_losses(record: Record, counts: int) -> list[float]:
