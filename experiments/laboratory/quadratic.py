@@ -25,9 +25,13 @@ def moments(rates: Array, noise: float, start: float, curvature: float = 1.0) ->
     return mean, variance
 
 
-def stationary_variance(rate: float, noise: float, curvature: float = 1.0) -> float:
-    """Where v_t+1 = v_t: eta s2 / (h (2 - eta h)), for 0 < eta h < 2."""
-    return rate * noise / (curvature * (2 - rate * curvature))
+def stationary_variance(rate: float, noise: float, curvature: float = 1.0, momentum: float = 0.0) -> float:
+    """Where v_t+1 = v_t, also of torch's heavy ball: eta s2 (1 + m) / (h (1 - m) (2 (1 + m) - eta h)).
+
+    For 0 < eta h < 2 (1 + m).
+    """
+    turns = 1 + momentum
+    return rate * noise * turns / (curvature * (1 - momentum) * (2 * turns - rate * curvature))
 
 
 def power_rates(scale: float, power: float, steps: int) -> Array:

@@ -12,8 +12,9 @@ from experiments.estimate import Array
 from experiments.grid import BURN_IN
 from experiments.invariance.analysis import spread
 from experiments.jobs import Coordinate, Result
+from experiments.laboratory.quadratic import stationary_variance
 from experiments.laboratory.schemas import SGDMomentumConfig
-from experiments.laboratory.sgd_momentum.noisy_quadratic import METHODS, examples_to, momentum_of, stationary_variance
+from experiments.laboratory.sgd_momentum.noisy_quadratic import METHODS, examples_to, momentum_of
 from experiments.record import Record
 
 # Scalings of the digits' methods over batch sizes, and the members of the group `optimizer`.
@@ -75,7 +76,7 @@ class Analysis:
         for size in self.settings.batch_sizes:
             tuned = home if unit == "torch" else size
             momentum = momentum_of(horizon, tuned)
-            found.append(stationary_variance(tuned * lr * (1 - momentum), momentum, size))
+            found.append(stationary_variance(tuned * lr * (1 - momentum), 1 / size, momentum=momentum))
         return np.array(found)
 
     def score(self, scaling: str, fraction: float, sizes: slice = slice(None)) -> Array:

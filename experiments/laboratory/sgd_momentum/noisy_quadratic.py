@@ -151,11 +151,6 @@ def total_effect(method: str, batch_size: int, mixed: bool, horizon: float, hori
     return {"examples": np.cumsum([0, *batches[:-1]]).tolist(), "effect": effect.tolist()}
 
 
-def stationary_variance(lr: float, momentum: float, batch_size: int) -> float:
-    """Of theta under torch's heavy ball with these, in its own units: lr (1 + m) / ((1 - m) (2 (1 + m) - lr) B)."""
-    return lr * (1 + momentum) / ((1 - momentum) * (2 * (1 + momentum) - lr) * batch_size)
-
-
 def examples_to(level: float, curve: dict[str, Any]) -> float:
     """Where the mean first falls to the level, interpolated between points of the curve; nan if it never does."""
     mean, examples = np.array(curve["mean"]), np.array(curve["examples"], dtype=float)

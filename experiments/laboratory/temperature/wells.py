@@ -21,6 +21,7 @@ import gradstats
 from experiments.data import Split
 from experiments.estimate import Array
 from experiments.laboratory.problem import data_of
+from experiments.laboratory.quadratic import stationary_variance
 
 RELAXATIONS = 3  # time constants of the slowest direction that pass before measuring; it lasts as long
 NOTED = 100  # values of the loss in a run
@@ -142,4 +143,5 @@ def well_at_minimum(problem: str, penalty: float) -> dict[str, list[float] | flo
 
 def expected_excess(curvatures: Array, noise: Array, rate: float, batch_size: int) -> float:
     """The sum above."""
-    return float(rate / (2 * batch_size) * (noise / (2 - rate * curvatures)).sum())
+    variances = [stationary_variance(rate, s2 / batch_size, h) for s2, h in zip(noise, curvatures, strict=True)]
+    return float((curvatures / 2 * variances).sum())

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
+from experiments.laboratory.quadratic import stationary_variance
 from experiments.laboratory.sgd_momentum.noisy_quadratic import (
     Gradients,
     descend,
     difference,
     examples_to,
     momentum_of,
-    stationary_variance,
     total_effect,
 )
 
@@ -31,7 +31,7 @@ def heavy_ball(lr: float, momentum: float, batch_size: int, steps: int) -> tuple
 
 @pytest.mark.parametrize(("lr", "momentum"), [(0.1, 0.0), (0.05, 0.9), (1.5, 0.5)])
 def test_the_stationary_variance_is_that_of_the_recursion(lr: float, momentum: float) -> None:
-    assert stationary_variance(lr, momentum, B) == pytest.approx(heavy_ball(lr, momentum, B, 4000)[1], rel=1e-9)
+    assert stationary_variance(lr, 1 / B, momentum=momentum) == pytest.approx(heavy_ball(lr, momentum, B, 4000)[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("method", ["torch", "heavy_ball", "ewma"])
@@ -43,7 +43,8 @@ def test_mean_and_variance_of_the_heavy_ball(method: str) -> None:
     assert found["examples"][0] == 0 and found["examples"][-1] == steps * B
     expected = [means[examples // B - 1] for examples in found["examples"][1:]]
     assert found["mean"][1:] == pytest.approx(expected, abs=0.01)
-    assert found["variance"] == pytest.approx(stationary_variance(B * LR * (1 - momentum), momentum, B), rel=0.05)
+    limit = stationary_variance(B * LR * (1 - momentum), 1 / B, momentum=momentum)
+    assert found["variance"] == pytest.approx(limit, rel=0.05)
     assert (found["of_average"] is None) == (method != "ewma")
 
 
@@ -52,7 +53,8 @@ def test_torch_keeps_its_lr_at_another_batch_size() -> None:
     momentum = momentum_of(HORIZON, B)
     means, _ = heavy_ball(B * LR * (1 - momentum), momentum, 4 * B, 400)
     assert found["mean"][-1] == pytest.approx(means[-1], abs=0.01)
-    assert found["variance"] == pytest.approx(stationary_variance(B * LR * (1 - momentum), momentum, 4 * B), rel=0.05)
+    limit = stationary_variance(B * LR * (1 - momentum), 1 / (4 * B), momentum=momentum)
+    assert found["variance"] == pytest.approx(limit, rel=0.05)
 
 
 def test_gradients_of_few_informative_examples() -> None:

@@ -11,9 +11,10 @@ from experiments.errors import UserError
 from experiments.grid import arrange
 from experiments.invariance.analysis import scores
 from experiments.jobs import Job, Measurement, Result, Training
+from experiments.laboratory.quadratic import stationary_variance
 from experiments.laboratory.schemas import SGDMomentumConfig
 from experiments.laboratory.sgd_momentum.analysis import analyse
-from experiments.laboratory.sgd_momentum.noisy_quadratic import descend, difference, momentum_of, stationary_variance
+from experiments.laboratory.sgd_momentum.noisy_quadratic import descend, difference, momentum_of
 from experiments.laboratory.sgd_momentum.study import SGDMomentum
 from experiments.launch import run_study
 from experiments.record import Record
@@ -81,7 +82,7 @@ def found(job: Job, changes: dict[str, float], random: np.random.Generator) -> A
     if method == "debiased_ewma":
         constant *= changes.get("rate", 1.0)
     momentum = momentum_of(SETTINGS.horizon, int(tuned))
-    variance = stationary_variance(tuned * SETTINGS.lr * (1 - momentum), momentum, int(size))
+    variance = stationary_variance(tuned * SETTINGS.lr * (1 - momentum), 1 / size, momentum=momentum)
     variance *= (size / 16) ** changes.get("variance", 0.0) if method == "heavy_ball" else 1
     return {
         "examples": examples.tolist(),
