@@ -1,4 +1,7 @@
-"""Data and model as one coordinate of a measurement: the overrides that make them from the defaults of conf/."""
+"""Data, model and loss of training loops that are not experiments.train's; on the CPU.
+
+As one coordinate of a measurement a problem is the overrides that make data and model from the defaults of conf/.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import json
 import shlex
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from experiments.config import compose_config
-from experiments.data import Dataset, load_data
+from experiments.data import Dataset, Split, load_data
 from experiments.fingerprint import as_dict, flatten
 from experiments.models import build_model
+from experiments.schemas.model import ModelConfig
 from experiments.schemas.run import Config
 
 GROUPS = ("data", "model")
@@ -47,7 +52,32 @@ def data_of(problem: str) -> Dataset:
 
 
 def build(problem: str, seed: int) -> tuple[Dataset, nn.Module]:
-    """On the CPU, the model as a run of experiments.train with this seed has it at the start."""
+    """The data, and `initial` on it."""
     data = data_of(problem)
+    return data, initial(as_configured(problem).model, data, seed)
+
+
+def initial(config: ModelConfig, data: Dataset, seed: int) -> nn.Module:
+    """The model as a run of experiments.train with this seed begins with it; dropout goes on with the seed."""
     torch.manual_seed(seed)
-    return data, build_model(as_configured(problem).model, data.shape, data.classes, data.discrete)
+    return build_model(config, data.shape, data.classes, data.discrete)
+
+
+def backward(model: nn.Module, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+    """Leaves in .grad the gradient of the mean loss of these examples, times the scale."""
+    model.zero_grad()
+    (scale * F.cross_entropy(model(x), y)).backward()
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits (N, classes), in evaluation mode."""
+    model.eval()
+    found: Tensor = model(x)
+    model.train()
+    return found
+
+
+def loss_of(model: nn.Module, split: Split) -> float:
+    """Mean over the examples (nats), in evaluation mode."""
+    return F.cross_entropy(predictions(model, split.x), split.y).item()

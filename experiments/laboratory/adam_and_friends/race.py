@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 import gradstats
-from experiments.data import load_data
-from experiments.models import build_model
+from experiments.data import Split, load_data
+from experiments.laboratory.problem import initial, loss_of
 from experiments.optimizers import read_statistics, stepper
 from experiments.sampler import Sampler
 from experiments.schemas.data import ArraysConfig
@@ -108,11 +108,10 @@ def race(
     """
     loaded = load_data(ArraysConfig(data, path, test_fraction, split_seed), CPU)
     dtype = torch.float64 if double else torch.float32
-    x_train, y_train = loaded.train.x.to(dtype), loaded.train.y
-    b = len(loaded.train) if METHODS[method].full_batch else batch_size
-    torch.manual_seed(seed)
+    train = Split(loaded.train.x.to(dtype), loaded.train.y)
+    b = len(train) if METHODS[method].full_batch else batch_size
     hidden = MLPConfig("mlp", [int(width) for width in widths.split("x")], Normalisation(normalisation), dropout)
-    model = build_model(hidden, loaded.shape, loaded.classes, loaded.discrete).to(dtype)
+    model = initial(hidden, loaded, seed).to(dtype)
     parameters: list[Tensor] = list(model.parameters())
     optimizer = build(method, side, parameters, lr, b)
     names = read_statistics(optimizer)
@@ -120,28 +119,20 @@ def race(
         gradstats.attach(model, *names)
     step = stepper(optimizer, None if names else b)
 
-    sampler = Sampler(len(loaded.train), b, seed, CPU)
+    sampler = Sampler(len(train), b, seed, CPU)
     clock: list[float] = []
-    found: dict[str, list[Any]] = {"steps": [0], "loss": [training_loss(model, x_train, y_train)], "seconds": [0.0]}
+    found: dict[str, list[Any]] = {"steps": [0], "loss": [loss_of(model, train)], "seconds": [0.0]}
     for stop in range(every, steps + 1, every):
         for indices in sampler.until(stop * b):
             started = time.process_time()
-            x, y = x_train.index_select(0, indices), y_train.index_select(0, indices)
+            x, y = train.x.index_select(0, indices), train.y.index_select(0, indices)
             for p in parameters:
                 p.grad = None
             F.cross_entropy(model(x), y).backward()
             step()
             clock.append(time.process_time() - started)
-        loss = training_loss(model, x_train, y_train)
+        loss = loss_of(model, train)
         found["steps"].append(stop)
         found["loss"].append(loss if math.isfinite(loss) else None)
         found["seconds"].append(sum(clock))
     return found | {"step": statistics.median(clock)}
-
-
-@torch.no_grad()
-def training_loss(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    model.eval()
-    loss = F.cross_entropy(model(x), y)
-    model.train()
-    return float(loss)

@@ -10,7 +10,7 @@ from experiments.jobs import Job, Result
 from experiments.laboratory.bias_correction.analysis import TERMS, alternative, analyse, findings, tables
 from experiments.laboratory.bias_correction.figure import draw
 from experiments.laboratory.bias_correction.moments import VARIANTS, Moments
-from experiments.laboratory.digits import digits, log_spaced, losses, network, refuse_others, training
+from experiments.laboratory.digits import examples, log_spaced, losses, network, refuse_others, training
 from experiments.laboratory.schemas import BiasCorrectionConfig
 from experiments.schemas.run import Config
 from experiments.study import Outcome, Study
@@ -52,7 +52,7 @@ class BiasCorrection(Study[BiasCorrectionConfig]):
     def outcome(self, results: Sequence[Result]) -> Outcome:
         settings = self.settings
         counts = log_spaced(settings.batch_size, settings.epochs, POINTS)
-        analysis = analyse(results, settings.early_epochs * len(digits().train), counts)
+        analysis = analyse(results, settings.early_epochs * len(examples()), counts)
         return Outcome(
             tables=tables(analysis),
             findings=findings(analysis),

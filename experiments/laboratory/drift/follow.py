@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from experiments.errors import UserError
 from experiments.estimate import Array
-from experiments.laboratory.problem import build
+from experiments.laboratory.problem import backward, build, loss_of
 from experiments.optimizers import attach_statistics, build_optimizer
 from experiments.sampler import Sampler
 from experiments.schedule import learning_rate_schedule
@@ -107,15 +106,8 @@ def trajectory(
         optimizer.step()
         rows.append(row)
     statistics.detach()
-    with torch.no_grad():
-        loss = F.cross_entropy(model(data.train.x), data.train.y).item()
     true, variance, batch = (torch.stack(column).double().numpy() for column in zip(*rows, strict=True))
-    return Trajectory(batch_size, true, batch, variance, layers_of(model), loss)
-
-
-def backward(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
-    model.zero_grad()
-    F.cross_entropy(model(x), y).backward()
+    return Trajectory(batch_size, true, batch, variance, layers_of(model), loss_of(model, data.train))
 
 
 def flat(tensors: list[Any]) -> torch.Tensor:

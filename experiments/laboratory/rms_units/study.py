@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from experiments.errors import UserError
 from experiments.jobs import Job, Result
-from experiments.laboratory.digits import log_spaced, losses, network, predictions, refuse_others, training
+from experiments.laboratory.digits import examples, log_spaced, losses, network, refuse_others, training
+from experiments.laboratory.problem import predictions
 from experiments.laboratory.rms_units.analysis import EXPONENTS, TERMS, UNITS, alternative, analyse, findings, tables
 from experiments.laboratory.rms_units.figure import draw
 from experiments.laboratory.schemas import RmsUnitsConfig
@@ -202,7 +203,7 @@ def deviation(
         walk = training(
             model, step, batch_size=batch_size, seed=seed, warmup=warmup, counts=counts, loss_scale=loss_scale
         )
-        return [predictions(model) for _ in walk]
+        return [predictions(model, examples(torch.float64).x) for _ in walk]
 
     pairs = zip(logits(1.0, 1.0), logits(weight_scale, loss_scale), strict=True)
     return [((f - other).norm() / f.norm()).item() for f, other in pairs]

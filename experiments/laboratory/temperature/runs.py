@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.data import Dataset, Split
-from experiments.laboratory.problem import build
+from experiments.laboratory.problem import backward, build, predictions
 from experiments.optimizers import attach_statistics, build_optimizer
 from experiments.sampler import Sampler
 from experiments.study import default_optimizer
@@ -44,8 +44,7 @@ def training(
     order = Sampler(len(data.train), 1, seed, data.train.x.device).stream(0, stops[-1]).tolist()
     examples, steps = 0, 0
     for indices in ScheduledBatchSampler(order, size):
-        optimizer.zero_grad()
-        F.cross_entropy(model(data.train.x[indices]), data.train.y[indices]).backward()
+        backward(model, data.train.x[indices], data.train.y[indices])
         optimizer.step(batch_size=len(indices) if attached is None else None)
         examples, steps = examples + len(indices), steps + 1
         if examples in stops:
@@ -54,13 +53,9 @@ def training(
         attached.detach()
 
 
-@torch.no_grad()
-def predictions(model: nn.Module, split: Split) -> Tensor:
-    """Log-probabilities (N, classes)."""
-    model.eval()
-    found = F.log_softmax(model(split.x).double(), dim=1)
-    model.train()
-    return found
+def log_probabilities(model: nn.Module, split: Split) -> Tensor:
+    """(N, classes)"""
+    return F.log_softmax(predictions(model, split.x).double(), dim=1)
 
 
 def anneal(
@@ -93,7 +88,7 @@ def anneal(
     stops = [stage // points * i for i in range(1, points * stages + 1)]
     loss = []
     for steps in training(data, model, method, lr, schedule, size, stops, seed):  # noqa: B007
-        loss.append(F.nll_loss(predictions(model, data.train), data.train.y).item())
+        loss.append(F.nll_loss(log_probabilities(model, data.train), data.train.y).item())
     return {"examples": stops, "loss": loss, "steps": steps}
 
 
@@ -108,12 +103,13 @@ def mixture(members: Sequence[Tensor]) -> Tensor:
     return stacked
 
 
-def judged(log_probabilities: Tensor, split: Split) -> dict[str, float]:
-    """Loss on every other example, to choose by; loss and accuracy on the rest, to report."""
+def judged(predicted: Tensor, split: Split) -> dict[str, float]:
+    """Of log-probabilities (N, classes): loss on every other example, to choose by; loss and accuracy on the rest, to
+    report."""
     chosen = torch.arange(len(split)) % 2 == 0
-    reported, y = log_probabilities[~chosen], split.y[~chosen]
+    reported, y = predicted[~chosen], split.y[~chosen]
     return {
-        "validation": F.nll_loss(log_probabilities[chosen], split.y[chosen]).item(),
+        "validation": F.nll_loss(predicted[chosen], split.y[chosen]).item(),
         "loss": F.nll_loss(reported, y).item(),
         "accuracy": float((reported.argmax(dim=1) == y).double().mean()),
     }
@@ -144,7 +140,10 @@ def snapshots(
     for schedule, of in ((cyclic, seed), (single, seed), (single, seed + 1_000_000)):
         data, model = build(problem, of)
         runs.append(
-            [predictions(model, data.test) for _ in training(data, model, method, lr, schedule, batch_size, ends, of)]
+            [
+                log_probabilities(model, data.test)
+                for _ in training(data, model, method, lr, schedule, batch_size, ends, of)
+            ]
         )
     along, along_one, other = (run[-members:] for run in runs)
     return {

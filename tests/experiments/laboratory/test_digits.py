@@ -10,13 +10,19 @@ import torch
 from experiments import laboratory
 from experiments.config import compose_config
 from experiments.errors import UserError
-from experiments.laboratory.digits import DATA, MODEL, digits, log_spaced, losses, network, predictions, training
+from experiments.laboratory.digits import PROBLEM, examples, log_spaced, losses, network, training
+from experiments.laboratory.problem import as_configured, loss_of, problem_of
+from experiments.schemas.data import ArraysConfig
+from experiments.schemas.model import MLPConfig, Normalisation
 from experiments.train import train
 
 
 def test_they_are_those_of_the_configuration():
-    config = compose_config([])
-    assert config.data == DATA and config.model == MODEL
+    """As they were when results were measured, whose directories do not say it."""
+    assert problem_of(compose_config([])) == PROBLEM
+    config = as_configured(PROBLEM)
+    assert config.data == ArraysConfig("digits", path=None, test_fraction=0.2, split_seed=0)
+    assert config.model == MLPConfig("mlp", widths=[64], normalisation=Normalisation.none, dropout=0.5)
 
 
 @pytest.mark.parametrize("name", ["bias_correction", "rms_units"])
@@ -57,7 +63,7 @@ def test_the_scale_of_the_loss_is_that_of_the_gradients():
 @pytest.mark.parametrize("worse", [100.0, math.inf])
 def test_no_loss_counts_for_more_than_the_initial_one(worse: float):
     model = network(0)
-    initial = torch.nn.functional.cross_entropy(predictions(model), digits().train.y).item()
+    initial = loss_of(model, examples())
 
     def spoil(_: float) -> None:
         for p in model.parameters():
@@ -69,6 +75,6 @@ def test_no_loss_counts_for_more_than_the_initial_one(worse: float):
 
 def test_counts_are_log_spaced_whole_batches():
     counts = log_spaced(16, 8, 12)
-    assert counts[-1] == 8 * len(digits().train) // 16 * 16 and counts == sorted(set(counts))
+    assert counts[-1] == 8 * len(examples()) // 16 * 16 and counts == sorted(set(counts))
     assert all(count % 16 == 0 for count in counts) and 48 <= counts[0] <= 80
     assert log_spaced(256, 0.1, 5)[0] == 256

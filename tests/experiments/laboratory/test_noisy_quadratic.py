@@ -31,7 +31,9 @@ def heavy_ball(lr: float, momentum: float, batch_size: int, steps: int) -> tuple
 
 @pytest.mark.parametrize(("lr", "momentum"), [(0.1, 0.0), (0.05, 0.9), (1.5, 0.5)])
 def test_the_stationary_variance_is_that_of_the_recursion(lr: float, momentum: float) -> None:
-    assert stationary_variance(lr, 1 / B, momentum=momentum) == pytest.approx(heavy_ball(lr, momentum, B, 4000)[1], rel=1e-9)
+    assert stationary_variance(lr, 1 / B, momentum=momentum) == pytest.approx(
+        heavy_ball(lr, momentum, B, 4000)[1], rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("method", ["torch", "heavy_ball", "ewma"])

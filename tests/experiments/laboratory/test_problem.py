@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.laboratory.problem import as_configured, build, problem_of
+from experiments.laboratory.problem import as_configured, backward, build, loss_of, predictions, problem_of
 from experiments.models import build_model
 from experiments.schemas.run import Config
 
@@ -46,3 +46,19 @@ def test_files_are_found_by_their_path(short: Callable[..., Config], tmp_path: P
     np.savez(path, x=np.eye(20), y=np.arange(20) % 2)
     data, _ = build(problem_of(short("data=npz", f"data.path='{path}'")), seed=0)
     assert data.shape == (20,)
+
+
+def test_the_gradient_is_of_these_examples_alone_and_scaled() -> None:
+    data, model = build("data=digits model=mlp model.dropout=0", seed=0)
+    x, y = data.train.x[:5], data.train.y[:5]
+    (alone,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(x), y), [model[1].weight])
+    backward(model, data.train.x, data.train.y)
+    backward(model, x, y, scale=8.0)
+    assert torch.equal(model[1].weight.grad, 8 * alone)
+
+
+def test_predictions_and_losses_are_without_dropout() -> None:
+    data, model = build("data=digits model=mlp", seed=0)
+    first, again = (predictions(model, data.test.x) for _ in range(2))
+    assert torch.equal(first, again) and not first.requires_grad and model.training
+    assert loss_of(model, data.test) == torch.nn.functional.cross_entropy(first, data.test.y).item()

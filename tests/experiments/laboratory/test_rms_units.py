@@ -12,7 +12,8 @@ import torch
 from experiments.config import compose_config
 from experiments.errors import UserError
 from experiments.jobs import Result
-from experiments.laboratory.digits import network, predictions
+from experiments.laboratory.digits import examples, network
+from experiments.laboratory.problem import predictions
 from experiments.laboratory.rms_units.analysis import EXPONENTS, UNITS
 from experiments.laboratory.rms_units.study import METHODS, RmsUnits, deviation, rescaled, rmsprop, step_counts, trained
 from experiments.laboratory.schemas import RmsUnitsConfig
@@ -88,7 +89,8 @@ def test_the_sentences_have_the_numbers():
 def test_other_units_are_the_same_function(scale: float):
     plain, other = network(0).double(), rescaled(network(0).double(), scale)
     assert not torch.allclose(plain[1].weight, other[1].weight)
-    torch.testing.assert_close(predictions(plain), predictions(other), rtol=1e-12, atol=1e-12)
+    x = examples(torch.float64).x
+    torch.testing.assert_close(predictions(plain, x), predictions(other, x), rtol=1e-12, atol=1e-12)
 
 
 def test_the_step_in_closed_form():

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from experiments.data import Split
-from experiments.laboratory.problem import build
-from experiments.laboratory.temperature.runs import anneal, distance, judged, mixture, predictions, snapshots, training
+from experiments.laboratory.problem import build, loss_of
+from experiments.laboratory.temperature.runs import anneal, distance, judged, mixture, snapshots, training
 from experiments.sampler import Sampler
 from gradstats.optim import Constant
 
@@ -59,10 +59,10 @@ def test_training_is_that_of_the_method_at_its_own_batch_size() -> None:
 
 def test_methods_that_read_statistics_get_them() -> None:
     data, model = build(PROBLEM, seed=0)
-    before = F.nll_loss(predictions(model, data.train), data.train.y)
+    before = loss_of(model, data.train)
     steps = list(training(data, model, "batch_invariant_adam_r1", 0.01, Constant(), 32, [256, 512], seed=0))
     assert steps == [8, 16]
-    assert F.nll_loss(predictions(model, data.train), data.train.y) < before
+    assert loss_of(model, data.train) < before
 
 
 def log(*rows: list[float]) -> torch.Tensor:
