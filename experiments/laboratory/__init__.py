@@ -1,4 +1,8 @@
-"""The experiments: a module or a package each, by the name of its `study` in conf/experiment/."""
+"""The experiments: a module or a package each, by the name of its `study` in conf/experiment/.
+
+A package has its settings' jobs in study.py and what these measure in modules of its own; analysis.py makes numbers of
+their results, which findings.py judges, tables.py lists and figure.py draws.
+"""
 
 from __future__ import annotations
 

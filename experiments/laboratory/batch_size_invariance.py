@@ -14,6 +14,7 @@ from experiments.invariance.findings import findings
 from experiments.invariance.tables import tables
 from experiments.jobs import Job, Result
 from experiments.laboratory.schemas import BatchSizeInvarianceConfig
+from experiments.laboratory.terms import DIVERGED, intervals
 from experiments.schemas.run import Config
 from experiments.study import Outcome, Study, default_optimizer
 
@@ -90,7 +91,7 @@ class BatchSizeInvariance(Invariance[BatchSizeInvarianceConfig]):
             draw=lambda theme: draw(analysis, theme),
             caption=caption(settings),
             alternative=alternative(analysis),
-            terms=terms(settings),
+            terms=terms(settings) | intervals(len(settings.seeds), "tuning is repeated") | DIVERGED,
         )
 
 
@@ -132,9 +133,6 @@ def terms(settings: BatchSizeInvarianceConfig) -> dict[str, str]:
         "as tuning the reference everywhere. Negative: better.",
         "Seed floor": "The score with seeds in place of batch sizes: runs cannot be told apart below it from single "
         "runs. Scores themselves compare runs of one seed, and can be lower.",
-        "Intervals": "95% bootstrap over seeds, drawn jointly for all methods, and widened where they are few; tuning "
-        "is repeated in every resample.",
-        "Diverged runs": "From there on they count with the loss of their initial model, and no loss counts for more.",
     }
 
 

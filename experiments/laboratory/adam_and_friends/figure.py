@@ -16,6 +16,25 @@ from experiments.laboratory.adam_and_friends.race import METHODS, SIDES
 from experiments.themes import Theme, canvas, plain_log_ticks
 
 
+def caption(analysis: Analysis) -> str:
+    settings = analysis.settings
+    return (
+        "Top: training loss against steps and against seconds, geometric mean over seeds; broad lines are torch's, "
+        f"thin black ones ours on top of them; the dotted line is the target, {settings.target:g} nats. Bottom: steps "
+        "and seconds to the target, hollow for torch's and filled for ours, medians with 95% intervals over "
+        f"{len(settings.seeds)} seeds."
+    )
+
+
+def alternative(analysis: Analysis) -> str:
+    numbers = "; ".join(
+        f"{method.label} {median(analysis.of(analysis.reached, name)).text()} steps, "
+        f"{median(analysis.of(analysis.seconds_reached, name)).text()} s"
+        for name, method in METHODS.items()
+    )
+    return f"Training loss against steps and seconds for five methods. To the target with torch's: {numbers}."
+
+
 def draw(analysis: Analysis, theme: Theme) -> Figure:
     colours = dict(zip(METHODS, (*theme.baselines[:4], theme.ours[0]), strict=True))
     with canvas(theme, 8.0, 6.0) as figure:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.documents import Cell, Table
 from experiments.errors import UserError
 from experiments.jobs import Job, Result
-from experiments.laboratory.adam_and_friends.analysis import SHOWN, Analysis, analyse, findings, median, tuned
-from experiments.laboratory.adam_and_friends.figure import draw
+from experiments.laboratory.adam_and_friends.analysis import analyse, tuned
+from experiments.laboratory.adam_and_friends.figure import alternative, caption, draw
+from experiments.laboratory.adam_and_friends.findings import findings
 from experiments.laboratory.adam_and_friends.race import METHODS, SIDES, race
+from experiments.laboratory.adam_and_friends.tables import TERMS, tables
 from experiments.laboratory.schemas import AdamAndFriendsConfig
 from experiments.schemas.data import ArraysConfig
 from experiments.schemas.model import MLPConfig
@@ -87,83 +88,13 @@ class AdamAndFriends(Study[AdamAndFriendsConfig]):
     def outcome(self, results: Sequence[Result]) -> Outcome:
         analysis = analyse(self.settings, results)
         return Outcome(
-            tables=[_table(analysis), _tuning(analysis)],
+            tables=tables(analysis),
             findings=findings(analysis),
             draw=lambda theme: draw(analysis, theme),
-            caption=caption(self.settings),
+            caption=caption(analysis),
             alternative=alternative(analysis),
             terms=TERMS,
         )
-
-
-def _table(analysis: Analysis) -> Table:
-    settings = analysis.settings
-    rows: list[list[Cell]] = []
-    for name, method in METHODS.items():
-        for side in SHOWN:
-            rows.append(
-                [
-                    f"{method.label}, {side}",
-                    f"{analysis.rates[name]:.3g}",
-                    median(analysis.of(analysis.reached, name, side)),
-                    median(analysis.of(analysis.seconds_reached, name, side)),
-                    median(1000 * analysis.of(analysis.step, name, side)),
-                    median(analysis.of(analysis.loss, name, side)[:, -1]),
-                ]
-            )
-    return Table(
-        f"To a training loss of {settings.target:g} nats",
-        f"lr: tuned on torch's side, {len(settings.lr_multipliers)} values in {len(settings.tuning_seeds)} seeds each, "
-        f"for the fewest steps. Looks are {settings.every} steps apart. Medians over {len(settings.seeds)} other "
-        "seeds, in brackets their 95% bootstrap intervals; a dash: not reached with every seed.",
-        ["method", "lr", "steps", "seconds", "ms a step", "final loss"],
-        rows,
-        tuple(range(1, len(rows), len(SHOWN))),
-    )
-
-
-def _tuning(analysis: Analysis) -> Table:
-    settings = analysis.settings
-    return Table(
-        "Tuning",
-        f"Mean steps to {settings.target:g} nats over {len(settings.tuning_seeds)} seeds, by lr in units of each "
-        f"method's first guess; a run that misses it within {settings.steps:,} steps counts {2 * settings.steps:,}.",
-        ["method", "first guess", *(f"x {multiplier:g}" for multiplier in settings.lr_multipliers)],
-        [
-            [method.label, f"{method.lr:g}", *(f"{steps:.0f}" for steps in row)]
-            for method, row in zip(METHODS.values(), analysis.tuning, strict=True)
-        ],
-        (),
-    )
-
-
-TERMS = {
-    "At torch's values": "Ours are given torch's own arguments, and this batch size as the one of tuning: there they "
-    "claim to be torch's optimizers. At other batch sizes they are not.",
-    "Full-batch descent": "SGD whose batch is the training set.",
-    "Forms": "torch computes a step fused, or one parameter after another: the same algorithm, rounded differently. At "
-    "the edge of stability a rounding error grows to where curves part.",
-    "Seconds": "Of processor time, in steps only: gathering the batch, forward, backward and optimizer. Looks at the "
-    "loss are left out.",
-}
-
-
-def caption(settings: AdamAndFriendsConfig) -> str:
-    return (
-        "Top: training loss against steps and against seconds, geometric mean over seeds; broad lines are torch's, "
-        f"thin black ones ours on top of them; the dotted line is the target, {settings.target:g} nats. Bottom: steps "
-        "and seconds to the target, hollow for torch's and filled for ours, medians with 95% intervals over "
-        f"{len(settings.seeds)} seeds."
-    )
-
-
-def alternative(analysis: Analysis) -> str:
-    numbers = "; ".join(
-        f"{method.label} {median(analysis.of(analysis.reached, name)).text()} steps, "
-        f"{median(analysis.of(analysis.seconds_reached, name)).text()} s"
-        for name, method in METHODS.items()
-    )
-    return f"Training loss against steps and seconds for five methods. To the target with torch's: {numbers}."
 
 
 STUDY = AdamAndFriends

@@ -18,6 +18,20 @@ from experiments.themes import Theme, canvas, plain_log_ticks
 Line = Literal["-", "--"]
 
 
+def caption(analysis: Analysis) -> str:
+    return (
+        "Training loss on the digits, each variant at the learning rate that is best for its final loss, "
+        f"geometric mean over {len(analysis.settings.seeds)} seeds with 95% intervals. Top: without warm-up; "
+        "with the best of the warm-ups. Bottom: final loss along the learning rate."
+    )
+
+
+def alternative(analysis: Analysis) -> str:
+    goal = analysis.goals[0]
+    losses = "; ".join(f"{variant.label} {analysis.loss(name, goal)}" for name, variant in VARIANTS.items())
+    return f"Learning curves of all variants, and their final loss along the learning rate. {goal.label}: {losses}."
+
+
 def draw(analysis: Analysis, theme: Theme) -> Figure:
     plain, warmed = analysis.goals[:2]
     with canvas(theme, 8.0, 6.4) as figure:

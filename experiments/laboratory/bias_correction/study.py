@@ -7,15 +7,17 @@ from itertools import product
 
 from experiments.errors import UserError
 from experiments.jobs import Job, Result
-from experiments.laboratory.bias_correction.analysis import TERMS, alternative, analyse, findings, tables
-from experiments.laboratory.bias_correction.figure import draw
-from experiments.laboratory.bias_correction.moments import VARIANTS, Moments
-from experiments.laboratory.digits import examples, log_spaced, losses, network, refuse_others, training
+from experiments.laboratory.bias_correction.analysis import analyse
+from experiments.laboratory.bias_correction.figure import alternative, caption, draw
+from experiments.laboratory.bias_correction.findings import findings
+from experiments.laboratory.bias_correction.moments import VARIANTS
+from experiments.laboratory.bias_correction.runs import trained
+from experiments.laboratory.bias_correction.tables import TERMS, tables
+from experiments.laboratory.digits import refuse_others
 from experiments.laboratory.schemas import BiasCorrectionConfig
+from experiments.laboratory.terms import DIVERGED, intervals
 from experiments.schemas.run import Config
 from experiments.study import Outcome, Study
-
-POINTS = 20
 
 
 class BiasCorrection(Study[BiasCorrectionConfig]):
@@ -50,42 +52,15 @@ class BiasCorrection(Study[BiasCorrectionConfig]):
         ]
 
     def outcome(self, results: Sequence[Result]) -> Outcome:
-        settings = self.settings
-        counts = log_spaced(settings.batch_size, settings.epochs, POINTS)
-        analysis = analyse(results, settings.early_epochs * len(examples()), counts)
+        analysis = analyse(self.settings, results)
         return Outcome(
             tables=tables(analysis),
             findings=findings(analysis),
             draw=lambda theme: draw(analysis, theme),
-            caption=(
-                "Training loss on the digits, each variant at the learning rate that is best for its final loss, "
-                f"geometric mean over {len(settings.seeds)} seeds with 95% intervals. Top: without warm-up; "
-                "with the best of the warm-ups. Bottom: final loss along the learning rate."
-            ),
+            caption=caption(analysis),
             alternative=alternative(analysis),
-            terms=TERMS,
+            terms=TERMS | intervals(len(self.settings.seeds), "tuning is repeated") | DIVERGED,
         )
-
-
-def trained(
-    variant: str,
-    warmup: int,
-    lr: float,
-    seed: int,
-    batch_size: int,
-    epochs: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> list[float]:
-    """The learning curve: training losses at `log_spaced` counts of examples."""
-    model = network(seed)
-    moments = Moments(model.parameters(), VARIANTS[variant], (beta1, beta2), eps)
-    counts = log_spaced(batch_size, epochs, POINTS)
-    steps = training(
-        model, lambda k: moments.step(lr * k), batch_size=batch_size, seed=seed, warmup=warmup, counts=counts
-    )
-    return losses(model, steps, len(counts))
 
 
 STUDY = BiasCorrection

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,16 +11,35 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from experiments.laboratory.decoupling.maps import HeatMap
+from experiments.laboratory.decoupling.analysis import AXES, Analysis, HeatMap
 from experiments.themes import Theme, canvas
 
 SIDES = {"torch": "In torch's units", "examples": "In units of examples"}
 LR_LABELS = {"torch": "learning rate of a step", "examples": "learning rate of an example, lr0"}
-
 TICKS = [k * 10.0**power for power in range(-4, 2) for k in (1, 1.5, 2, 3, 5, 7)]
 
 
-def draw(labels: Mapping[str, str], maps: Mapping[str, Mapping[str, HeatMap]], theme: Theme) -> Figure:
+def caption(analysis: Analysis) -> str:
+    return (
+        "Final training loss over the learning rate and another hyperparameter, geometric mean over "
+        f"{len(analysis.settings.seeds)} seeds, one scale for all. Left: torch's optimizers; right: in units of "
+        "examples. Points: the best learning rate, by a parabola around the lowest cell; "
+        "bars are 95% intervals over seeds. Where the points stand one above the other, the learning rate "
+        "need not be tuned again."
+    )
+
+
+def alternative(analysis: Analysis) -> str:
+    told = (
+        f"{AXES[axis].label}: the best learning rate moves over {pair['torch'].drift} octaves in torch's "
+        f"units, over {pair['examples'].drift} in units of examples."
+        for axis, pair in analysis.maps.items()
+    )
+    return f"{2 * len(AXES)} heat maps of the final training loss. {' '.join(told)}"
+
+
+def draw(analysis: Analysis, theme: Theme) -> Figure:
+    maps = analysis.maps
     losses = np.exp(np.concatenate([found.log_loss.ravel() for pair in maps.values() for found in pair.values()]))
     # Above the median all is far from the optimum, and need not be told apart.
     scale = LogNorm(float(losses.min()), float(np.median(losses)), clip=True)
@@ -32,7 +50,7 @@ def draw(labels: Mapping[str, str], maps: Mapping[str, Mapping[str, HeatMap]], t
                 mesh = _map(axes, found, scale, theme)
                 axes.set_title(f"{SIDES[units]}: drift {found.drift.text()} octaves")
                 axes.set_xlabel(LR_LABELS[units])
-            row[0].set_ylabel(labels[axis].replace(", ", ",\n"))
+            row[0].set_ylabel(AXES[axis].label.replace(", ", ",\n"))
         bar = figure.colorbar(mesh, ax=rows, orientation="horizontal", fraction=0.02, aspect=50, extend="max")
         bar.set_label("final training loss (nats)")
         bar.set_ticks([t for t in TICKS if losses.min() <= t <= np.median(losses)])

@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
-from experiments.documents import Cell, Table
 from experiments.errors import UserError
-from experiments.estimate import Finding, notes
 from experiments.jobs import Coordinate, Job, Result
-from experiments.laboratory.decoupling.figure import draw
-from experiments.laboratory.decoupling.maps import HeatMap, heat_map
+from experiments.laboratory.decoupling.analysis import AXES, UNITS, analyse
+from experiments.laboratory.decoupling.figure import alternative, caption, draw
+from experiments.laboratory.decoupling.findings import findings
+from experiments.laboratory.decoupling.tables import TERMS, tables
 from experiments.laboratory.schemas import DecouplingConfig
+from experiments.laboratory.terms import DIVERGED, intervals
 from experiments.schemas.optimizer import AdamConfig, BatchInvariantSGDConfig, OptimizerConfig
 from experiments.schemas.run import Config
 from experiments.study import Outcome, Study, default_optimizer
 from gradstats.units import decay_of
-
-BAR = 0.5  # octaves
-UNITS = ("torch", "examples")
-SIDES = {"torch": "torch", "examples": "in examples"}
-
-
-@dataclass(frozen=True)
-class Axis:
-    """methods: torch's, and that in units of examples; members of the group `optimizer`."""
-
-    label: str
-    methods: tuple[str, str]
-
-
-AXES = {
-    "batch_size": Axis("batch size B", ("adam", "batch_invariant_adam_r1")),
-    "momentum_horizon": Axis("horizon of SGD's momentum, N_g", ("batch_invariant_sgd", "batch_invariant_sgd_debiased")),
-    "gradient_horizon": Axis("horizon of Adam's mean, N_g", ("adam", "batch_invariant_adam_r1")),
-    "square_horizon": Axis("horizon of Adam's squares, N_s", ("adam", "batch_invariant_adam_r1")),
-    "eps": Axis("Adam's eps", ("adam", "batch_invariant_adam_slides")),
-}
 
 
 class Decoupling(Study[DecouplingConfig]):
@@ -89,26 +68,14 @@ class Decoupling(Study[DecouplingConfig]):
         return runs
 
     def outcome(self, results: Sequence[Result]) -> Outcome:
-        maps = {axis: {units: heat_map(results, axis, units) for units in UNITS} for axis in AXES}
-        labels = {axis: AXES[axis].label for axis in AXES}
+        analysis = analyse(self.settings, results)
         return Outcome(
-            tables=tables(maps),
-            findings=[*(finding(axis, **maps[axis]) for axis in AXES), *_notes(maps, results)],
-            draw=lambda theme: draw(labels, maps, theme),
-            caption=(
-                "Final training loss over the learning rate and another hyperparameter, geometric mean over "
-                f"{len(self.settings.seeds)} seeds, one scale for all. Left: torch's optimizers; right: in units of "
-                "examples. Points: the best learning rate, by a parabola around the lowest cell; "
-                "bars are 95% intervals over seeds. Where the points stand one above the other, the learning rate "
-                "need not be tuned again."
-            ),
-            alternative=f"{2 * len(AXES)} heat maps of the final training loss. "
-            + " ".join(
-                f"{AXES[axis].label}: the best learning rate moves over {pair['torch'].drift} octaves in torch's "
-                f"units, over {pair['examples'].drift} in units of examples."
-                for axis, pair in maps.items()
-            ),
-            terms=TERMS,
+            tables=tables(analysis),
+            findings=findings(analysis),
+            draw=lambda theme: draw(analysis, theme),
+            caption=caption(analysis),
+            alternative=alternative(analysis),
+            terms=TERMS | intervals(len(self.settings.seeds), "the optimum is found again") | DIVERGED,
         )
 
 
@@ -151,77 +118,5 @@ def optimizer_at(
     first, second = tuned.betas
     return dataclasses.replace(tuned, betas=(beta, second) if axis == "gradient_horizon" else (first, beta))
 
-
-def tables(maps: dict[str, dict[str, HeatMap]]) -> list[Table]:
-    rows: list[list[Cell]] = []
-    best: list[list[Cell]] = []
-    for axis, pair in maps.items():
-        for units, found in pair.items():
-            name = f"{AXES[axis].label}, {SIDES[units]}"
-            rows.append([name, found.drift, found.slope])
-            best += [[name, f"{value:g}", lr] for value, lr in zip(found.values, found.best_lr, strict=True)]
-    return [
-        Table(
-            title="Drift of the best learning rate",
-            explanation="Drift: octaves between the largest and the smallest best learning rate. Slope: octaves an "
-            "octave of the other hyperparameter, 0 where the learning rate is decoupled from it.",
-            columns=["Hyperparameter, units", "Drift (octaves)", "Slope"],
-            rows=rows,
-            emphasised=tuple(range(1, len(rows), 2)),
-        ),
-        Table(
-            title="Best learning rates",
-            explanation="Of a step in torch's units, of an example in the others; horizons are in examples in both.",
-            columns=["Hyperparameter, units", "Value", "Best learning rate"],
-            rows=best,
-            emphasised=(),
-        ),
-    ]
-
-
-def finding(axis: str, torch: HeatMap, examples: HeatMap) -> Finding:
-    factor = f"a factor {examples.values[-1] / examples.values[0]:g} in {AXES[axis].label}"
-    verdict = examples.drift.verdict(BAR)
-    if examples.edges and verdict == "holds":  # an optimum beyond the grid can only lie further away
-        verdict = "cannot be judged"
-    return Finding(
-        f"The best lr0 drifts by at most {BAR:g} octaves over {factor}",
-        verdict,
-        f"In units of examples the best learning rate moves over {examples.drift} octaves (slope {examples.slope}); in "
-        f"torch's units over {torch.drift} (slope {torch.slope}). {largest_move(examples)}",
-    )
-
-
-def largest_move(found: HeatMap) -> str:
-    """Where a drift comes from one end of the axis, this says so."""
-    moves = np.diff(np.log2([lr.value for lr in found.best_lr]))
-    at = int(np.abs(moves).argmax())
-    return (
-        f"Its largest move between neighbours, by {moves[at]:+.2f} octaves, is from {found.values[at]:g} to "
-        f"{found.values[at + 1]:g}."
-    )
-
-
-def _notes(maps: dict[str, dict[str, HeatMap]], results: Sequence[Result]) -> list[Finding]:
-    told = [
-        f"{AXES[axis].label}, {units}: at {', '.join(f'{value:g}' for value in found.edges)} the best learning rate is "
-        "at an edge of the grid, and the drift may be larger."
-        for axis, pair in maps.items()
-        for units, found in pair.items()
-        if found.edges
-    ]
-    if diverged := sum(result.found.status == "diverged" for result in results):
-        told.append(f"{diverged} of {len(results)} runs diverged, and count with the loss of their initial model.")
-    return notes(told)
-
-
-TERMS = {
-    "In torch's units": "Adam and SGD as in torch.optim: a learning rate a step, horizons in steps (here given in "
-    "examples), Adam's squares those of batch means. SGD's momentum is v <- beta v + g.",
-    "In units of examples": "A learning rate lr0 an example, a step of B lr0; horizons in examples; momentum a mean of "
-    "gradients; Adam's squares those of examples (R = 1); eps as in B lr0 m~ / (1 + sqrt(s)/eps).",
-    "Intervals": "95% bootstrap over seeds, widened where they are few; the optimum is found again in every resample.",
-    "Diverged runs": "They count with the loss of their initial model, and no loss counts for more.",
-}
 
 STUDY = Decoupling

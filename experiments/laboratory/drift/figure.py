@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import bars, headroom, logarithmic, range_band
 from experiments.estimate import Array
-from experiments.laboratory.drift.findings import Found
+from experiments.laboratory.drift.analysis import Analysis
 from experiments.laboratory.drift.follow import IN_UNITS, WHOLE
 from experiments.themes import Theme, canvas
 
 
-def caption(found: Found) -> str:
+def caption(found: Analysis) -> str:
     s = found.settings
     return (
         f"Along runs of {s.method} whose momentum has a horizon of {s.horizons[found.best]} examples, the best. Top "
@@ -28,7 +28,7 @@ def caption(found: Found) -> str:
     )
 
 
-def alternative(found: Found) -> str:
+def alternative(found: Analysis) -> str:
     last = len(found.bounds) - 1
     return (
         f"Four charts. In the last phase drift equals noise at {found.crossing(WHOLE, last).text()} examples, the "
@@ -37,7 +37,7 @@ def alternative(found: Found) -> str:
     )
 
 
-def draw(found: Found, theme: Theme) -> Figure:
+def draw(found: Analysis, theme: Theme) -> Figure:
     with canvas(theme, 8.0, 6.6) as figure:
         panels: Any = figure.subplots(2, 2)
         _drift(panels[0, 0], found, theme)
@@ -53,7 +53,7 @@ def _line(axes: Axes, x: Any, values: Array, colour: Any, label: str, **style: A
     range_band(axes, x, values, colour)
 
 
-def _drift(axes: Axes, found: Found, theme: Theme) -> None:
+def _drift(axes: Axes, found: Analysis, theme: Theme) -> None:
     last = len(found.bounds) - 1
     _line(axes, found.lengths, found.curve("drift", WHOLE, last), theme.baselines[1], "drift over n")
     _line(axes, found.lengths, found.curve("scatter", WHOLE, last), theme.ours[0], "noise of the average")
@@ -70,7 +70,7 @@ def _drift(axes: Axes, found: Found, theme: Theme) -> None:
     axes.legend(fontsize=7.5, labelspacing=0.25)
 
 
-def _errors(axes: Axes, found: Found, theme: Theme) -> None:
+def _errors(axes: Axes, found: Analysis, theme: Theme) -> None:
     shades = np.linspace(0, 1, len(found.bounds))
     for phase, ((a, b), shade) in enumerate(zip(found.bounds, shades, strict=True)):
         noise = found.noise_of_batch(WHOLE, phase)
@@ -84,7 +84,7 @@ def _errors(axes: Axes, found: Found, theme: Theme) -> None:
     axes.legend(fontsize=7.5, labelspacing=0.25, title="examples seen", title_fontsize=7.5, loc="upper right")
 
 
-def _over_time(axes: Axes, found: Found, theme: Theme) -> None:
+def _over_time(axes: Axes, found: Analysis, theme: Theme) -> None:
     middles = [(a * b) ** 0.5 for a, b in found.bounds]
     colours = [theme.reference, theme.ours[0], *theme.baselines]
     groups = sorted(found.groups, key=lambda group: group not in (WHOLE, IN_UNITS))
@@ -100,7 +100,7 @@ def _over_time(axes: Axes, found: Found, theme: Theme) -> None:
     axes.legend(fontsize=7.5, labelspacing=0.25, loc="upper left")
 
 
-def _momentum(axes: Axes, found: Found, theme: Theme) -> None:
+def _momentum(axes: Axes, found: Analysis, theme: Theme) -> None:
     s, last = found.settings, len(found.bounds) - 1
     losses = np.stack([found.loss.values[:, i, lr] for i, lr in enumerate(found.tuned)], axis=1)  # (S, horizon)
     middle = np.exp(np.log(losses).mean(axis=0))

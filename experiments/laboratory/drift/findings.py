@@ -3,114 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.cube import Cube
 from experiments.estimate import Array, Estimate, Finding, Verdict, at_edge, notes, over_seeds, ratio_of_means
-from experiments.laboratory.drift.follow import IN_UNITS, WHOLE, scatter_of
-from experiments.laboratory.schemas import DriftConfig
+from experiments.laboratory.drift.analysis import Analysis, crossing, tuned_loss
+from experiments.laboratory.drift.follow import IN_UNITS, WHOLE
 from experiments.laboratory.verdicts import within
-from experiments.parabola import lowest_point
 
 SLOW = 0.1  # drift in a step, over the noise of a batch
 HELPS = 0.5  # squared error of an average, over that of a batch
 INDEPENDENT = 0.25  # of the noise of an average to that of independent batches
 CLOSE = 0.25  # of a squared error to the least: around its best horizon the error is flat
-KINDS = ("drift", "error", "lag", "scatter")
 
 
-@dataclass(frozen=True)
-class Found:
-    """loss: final training loss (S, horizon, lr). Of runs at the tuned learning rates, `levels` (S, horizon, group,
-    phase, 2), signal and noise, and `curves` (S, horizon, group, phase, KINDS, length), not a number where a run is
-    shorter; lengths and bounds of phases in examples."""
-
-    settings: DriftConfig
-    batch_size: int
-    loss: Cube
-    levels: Array
-    curves: Array
-    groups: list[str]
-    lengths: list[int]
-    bounds: list[tuple[int, int]]
-
-    @property
-    def tuned(self) -> list[int]:
-        """Of each horizon, the position of its best learning rate."""
-        return tuned(self.loss.values)
-
-    @property
-    def best(self) -> int:
-        """The position of the horizon with the lowest loss, at its tuned learning rate."""
-        return int(tuned_loss(self.loss.values).argmin())
-
-    def noise_of_batch(self, group: str, phase: int) -> Array:
-        """tr Sigma / B along the run of the best horizon, (S,)."""
-        noise: Array = self.levels[:, self.best, self.groups.index(group), phase, 1] / self.batch_size
-        return noise
-
-    def signal(self, group: str, phase: int) -> Array:
-        """||g||^2 along the run of the best horizon, (S,)."""
-        found: Array = self.levels[:, self.best, self.groups.index(group), phase, 0]
-        return found
-
-    def curve(self, kind: str, group: str, phase: int, horizon: int | None = None) -> Array:
-        """(S, length), along the run of a horizon, the best by default."""
-        run = self.best if horizon is None else horizon
-        found: Array = self.curves[:, run, self.groups.index(group), phase, KINDS.index(kind)]
-        return found
-
-    def expected_scatter(self, group: str, phase: int, horizon: int | None = None) -> Array:
-        """Of averages of independent batches, (S, length)."""
-        run = self.best if horizon is None else horizon
-        noise = self.levels[:, run, self.groups.index(group), phase, 1]
-        return noise[:, None] * np.array([scatter_of(n, 1.0, self.batch_size) for n in self.lengths])
-
-    def drift(self, group: str, phase: int, horizon: int | None = None) -> Array:
-        """(S, length)."""
-        return self.curve("drift", group, phase, horizon)
-
-    def crossing(self, group: str, phase: int, horizon: int | None = None) -> Estimate:
-        """Where drift over N examples is the noise of the average of horizon N."""
-        both = [self.drift(group, phase, horizon), self.expected_scatter(group, phase, horizon)]
-        return over_seeds(np.stack(both, axis=1), lambda rows: crossing(self.lengths, *rows.mean(axis=0)))
-
-    def tracking(self, group: str, phase: int, horizon: int | None = None) -> Estimate:
-        """The horizon with the least error."""
-        error = self.curve("error", group, phase, horizon)
-        return over_seeds(error, lambda rows: lowest(self.lengths, rows.mean(axis=0)))
-
-
-def tuned(loss: Array) -> list[int]:
-    best: list[int] = np.log(loss).mean(axis=0).argmin(axis=1).tolist()
-    return best
-
-
-def tuned_loss(loss: Array) -> Array:
-    """Geometric mean over seeds at the best learning rate, (horizon,)."""
-    found: Array = np.exp(np.log(loss).mean(axis=0).min(axis=1))
-    return found
-
-
-def crossing(lengths: list[int], rising: Array, falling: Array) -> float:
-    """Where the curves meet, interpolated in logarithms; if they do not, the end at which they are closest."""
-    gap = (np.log(rising) - np.log(falling))[np.isfinite(rising)]
-    if gap[0] > 0:
-        return float(lengths[0])
-    for i in range(len(gap) - 1):
-        if gap[i] <= 0 < gap[i + 1]:
-            return float(lengths[i] * (lengths[i + 1] / lengths[i]) ** (gap[i] / (gap[i] - gap[i + 1])))
-    return float(lengths[-1])
-
-
-def lowest(lengths: list[int], values: Array) -> float:
-    """Where a curve over evenly spaced octaves is lowest; at an end of them, the end."""
-    return 2.0 ** lowest_point(np.log2(lengths), values)
-
-
-def findings(found: Found) -> list[Finding]:
+def findings(found: Analysis) -> list[Finding]:
     return [
         _slow(found),
         *_helps(found),
@@ -122,7 +29,7 @@ def findings(found: Found) -> list[Finding]:
     ]
 
 
-def _phases(found: Found, told: Callable[[int], object]) -> str:
+def _phases(found: Analysis, told: Callable[[int], object]) -> str:
     """What holds in each phase."""
     return ", ".join(f"{told(i)} from {a:,} to {b:,} examples" for i, (a, b) in enumerate(found.bounds))
 
@@ -131,7 +38,7 @@ def _worst(estimates: list[Estimate]) -> Estimate:
     return max(estimates, key=lambda estimate: estimate.value)
 
 
-def _slow(found: Found) -> Finding:
+def _slow(found: Analysis) -> Finding:
     B = found.batch_size
 
     def ratio(phase: int) -> Estimate:
@@ -147,7 +54,7 @@ def _slow(found: Found) -> Finding:
     )
 
 
-def _helps(found: Found) -> list[Finding]:
+def _helps(found: Analysis) -> list[Finding]:
     def ratio(phase: int, other: Array) -> Estimate:
         both = np.concatenate([found.curve("error", WHOLE, phase), other[:, None]], axis=1)
         return over_seeds(both, lambda v: float(v[:, :-1].mean(axis=0).min() / v[:, -1].mean()))
@@ -171,13 +78,13 @@ def _helps(found: Found) -> list[Finding]:
     ]
 
 
-def _judged(found: Found, verdict: Verdict, *horizons: Estimate) -> Verdict:
+def _judged(found: Analysis, verdict: Verdict, *horizons: Estimate) -> Verdict:
     """Not where a horizon lies at an end of those that were measured, and may be anywhere beyond."""
     ends = (found.lengths[0], found.lengths[-1])
     return "cannot be judged" if any(horizon.value in ends for horizon in horizons) else verdict
 
 
-def _at_crossing(found: Found, phase: int) -> Estimate:
+def _at_crossing(found: Analysis, phase: int) -> Estimate:
     """The error of the average where drift equals noise, over the least error of all."""
     kinds = [found.drift(WHOLE, phase), found.expected_scatter(WHOLE, phase), found.curve("error", WHOLE, phase)]
 
@@ -189,7 +96,7 @@ def _at_crossing(found: Found, phase: int) -> Estimate:
     return over_seeds(np.stack(kinds, axis=1), statistic)
 
 
-def _closest(found: Found) -> Finding:
+def _closest(found: Analysis) -> Finding:
     phases = range(len(found.bounds))
     ratios, crossings = [_at_crossing(found, i) for i in phases], [found.crossing(WHOLE, i) for i in phases]
     told = _phases(found, lambda i: f"N = {crossings[i]}, {ratios[i]} times that at N = {found.tracking(WHOLE, i)},")
@@ -201,7 +108,7 @@ def _closest(found: Found) -> Finding:
     )
 
 
-def _grows(found: Found) -> Finding:
+def _grows(found: Analysis) -> Finding:
     last = len(found.bounds) - 1
     curves = [curve(WHOLE, phase) for phase in (0, last) for curve in (found.drift, found.expected_scatter)]
 
@@ -218,7 +125,7 @@ def _grows(found: Found) -> Finding:
     )
 
 
-def _layers(found: Found) -> Finding:
+def _layers(found: Analysis) -> Finding:
     layers = [group for group in found.groups if group not in (WHOLE, IN_UNITS)]
     last = len(found.bounds) - 1
     curves = np.array([[found.drift(group, last), found.expected_scatter(group, last)] for group in layers])
@@ -237,7 +144,7 @@ def _layers(found: Found) -> Finding:
     )
 
 
-def _scatter(found: Found) -> Finding:
+def _scatter(found: Analysis) -> Finding:
     last = len(found.bounds) - 1
     measured, expected = found.curve("scatter", WHOLE, last), found.expected_scatter(WHOLE, last)
     ratios = [ratio_of_means(measured[:, i], expected[:, i]) for i in range(len(found.lengths))]
@@ -251,7 +158,7 @@ def _scatter(found: Found) -> Finding:
     )
 
 
-def _momentum(found: Found) -> list[Finding]:
+def _momentum(found: Analysis) -> list[Finding]:
     s, last = found.settings, len(found.bounds) - 1
     horizons = np.array(s.horizons)
     losses = tuned_loss(found.loss.values)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from operator import attrgetter
-from typing import Any
+from collections.abc import Sequence
 
-from experiments.cube import Cube, cube
 from experiments.errors import UserError
 from experiments.jobs import Job, Result
-from experiments.laboratory.drift import figure
-from experiments.laboratory.drift.findings import KINDS, Found, findings, tuned
-from experiments.laboratory.drift.follow import beta_of, follow, lengths_of
-from experiments.laboratory.drift.tables import tables
+from experiments.laboratory.drift.analysis import analyse, losses, tuned
+from experiments.laboratory.drift.figure import alternative, caption, draw
+from experiments.laboratory.drift.findings import findings
+from experiments.laboratory.drift.follow import beta_of, follow
+from experiments.laboratory.drift.tables import TERMS, tables
 from experiments.laboratory.problem import data_of, problem_of
 from experiments.laboratory.schemas import DriftConfig
+from experiments.laboratory.terms import intervals
 from experiments.schedule import budget
 from experiments.schemas.model import MLPConfig
 from experiments.schemas.optimizer import BatchInvariantAdamConfig
@@ -92,49 +91,15 @@ class Drift(Study[DriftConfig]):
         ]
 
     def outcome(self, results: Sequence[Result]) -> Outcome:
-        followed = [result for result in results if "phases" in result.coordinates]
-        groups = followed[0].found["groups"]
-        first = next(iter(groups.values()))
-        B = followed[0].coordinates["batch_size"]
-        assert isinstance(B, int)
-        found = Found(
-            self.settings,
-            batch_size=B,
-            loss=losses(results),
-            levels=cube(followed, ["seed", "horizon"], lambda f: each(f, lambda p: [p["signal"], p["noise"]])).values,
-            curves=cube(followed, ["seed", "horizon"], lambda f: each(f, lambda p: [p[kind] for kind in KINDS])).values,
-            groups=list(groups),
-            lengths=lengths_of(B, self.settings.lengths),
-            bounds=[(a, b) for a, b in (phase["examples"] for phase in first)],
-        )
+        analysis = analyse(self.settings, results)
         return Outcome(
-            tables=tables(found),
-            findings=findings(found),
-            draw=lambda theme: figure.draw(found, theme),
-            caption=figure.caption(found),
-            alternative=figure.alternative(found),
-            terms={
-                "Drift": "||g(E+n) - g(E)||^2 of the gradient g over the training set, n examples apart.",
-                "Noise": "tr Sigma, the trace of the covariance of per-example gradients over the training set; a "
-                "batch of B has tr Sigma / B of it.",
-                "Closest": "The horizon N, rho = 1 - 1/N for each example, at which the running average of the "
-                "batches' gradients has the least squared distance to the gradient over the training set.",
-                "In units of noise": "Every element of the gradient over the standard deviation of its per-example "
-                "gradients, which is about how Adam scales them.",
-                "Intervals": f"95% bootstrap over {len(self.settings.seeds)} seeds, widened where they are few.",
-            },
+            tables=tables(analysis),
+            findings=findings(analysis),
+            draw=lambda theme: draw(analysis, theme),
+            caption=caption(analysis),
+            alternative=alternative(analysis),
+            terms=TERMS | intervals(len(self.settings.seeds)),
         )
-
-
-def each(found: dict[str, Any], value: Callable[[dict[str, Any]], Any]) -> list[list[Any]]:
-    """Of every phase of every group."""
-    return [[value(phase) for phase in phases] for phases in found["groups"].values()]
-
-
-def losses(results: Sequence[Result]) -> Cube:
-    """Final training losses (S, horizon, lr); a run that diverged has its first."""
-    trained = [result for result in results if "multiplier" in result.coordinates]
-    return cube(trained, ["seed", "horizon", "multiplier"], attrgetter("final_train_loss"))
 
 
 STUDY = Drift

@@ -6,11 +6,11 @@ import numpy as np
 
 from experiments.documents import Cell, Table
 from experiments.estimate import over_seeds, ratio_of_means
-from experiments.laboratory.drift.findings import Found
+from experiments.laboratory.drift.analysis import Analysis
 from experiments.laboratory.drift.follow import IN_UNITS, WHOLE
 
 
-def tables(found: Found) -> list[Table]:
+def tables(found: Analysis) -> list[Table]:
     s, last = found.settings, len(found.bounds) - 1
     by_horizon: list[list[Cell]] = []
     for i, n in enumerate(s.horizons):
@@ -44,3 +44,14 @@ def tables(found: Found) -> list[Table]:
             (),
         ),
     ]
+
+
+TERMS = {
+    "Drift": "||g(E+n) - g(E)||^2 of the gradient g over the training set, n examples apart.",
+    "Noise": "tr Sigma, the trace of the covariance of per-example gradients over the training set; a batch of B has "
+    "tr Sigma / B of it.",
+    "Closest": "The horizon N, rho = 1 - 1/N for each example, at which the running average of the batches' gradients "
+    "has the least squared distance to the gradient over the training set.",
+    "In units of noise": "Every element of the gradient over the standard deviation of its per-example gradients, "
+    "which is about how Adam scales them.",
+}

@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.drawing import across_batch_sizes, logarithmic, range_band
-from experiments.laboratory.one_dimensional.findings import EDGE, Found, name
+from experiments.laboratory.one_dimensional.analysis import EDGE, Analysis, name
 from experiments.laboratory.one_dimensional.runs import counts
 from experiments.themes import Theme, canvas
 
 SHOWN_STEPS = 24
 
 
-def caption(found: Found) -> str:
+def caption(found: Analysis) -> str:
     s = found.settings
     return (
         "Top left: the gradient of a batch where that of the true loss is zero. Top right: the error against steps for "
@@ -27,13 +27,13 @@ def caption(found: Found) -> str:
     )
 
 
-def alternative(found: Found) -> str:
+def alternative(found: Analysis) -> str:
     B = found.settings.batch_sizes[0]
     ends = "; ".join(f"{name(found, p)}: {found.error(p, B).text()}" for p in found.settings.powers)
     return f"Four charts of measurements on their closed forms. Errors at the end, at B = {B}: {ends}."
 
 
-def draw(found: Found, theme: Theme) -> Figure:
+def draw(found: Analysis, theme: Theme) -> Figure:
     with canvas(theme, 8.0, 6.4) as figure:
         panels: Any = figure.subplots(2, 2)
         _gradient(panels[0, 0], found, theme)
@@ -50,7 +50,7 @@ def _band(axes: Axes, x: Any, squares: Any, expected: Any, colour: Any, label: s
     axes.plot(x, np.sqrt(expected), color=axes.xaxis.label.get_color(), linewidth=0.9, linestyle=":")
 
 
-def _gradient(axes: Axes, found: Found, theme: Theme) -> None:
+def _gradient(axes: Axes, found: Analysis, theme: Theme) -> None:
     s = found.settings
     sizes = np.array(s.batch_sizes)
     axes.plot(sizes, s.noise / np.sqrt(sizes), color=theme.ink, linestyle=":", linewidth=1.2, label="sigma / sqrt(B)")
@@ -71,7 +71,7 @@ def _gradient(axes: Axes, found: Found, theme: Theme) -> None:
     axes.legend(fontsize=8)
 
 
-def _schedules(axes: Axes, found: Found, theme: Theme) -> None:
+def _schedules(axes: Axes, found: Analysis, theme: Theme) -> None:
     s = found.settings
     B, steps = s.batch_sizes[0], counts(s.steps)
     for power, colour in zip(s.powers, [*theme.baselines, *theme.ours], strict=False):
@@ -81,7 +81,7 @@ def _schedules(axes: Axes, found: Found, theme: Theme) -> None:
     axes.legend(fontsize=8, loc="lower left", labelspacing=0.3)
 
 
-def _constant(axes: Axes, found: Found, theme: Theme) -> None:
+def _constant(axes: Axes, found: Analysis, theme: Theme) -> None:
     s = found.settings
     for rate, colour in zip(s.rates, [*theme.ours, *theme.baselines], strict=False):
         errors = found.exact.at(rate=rate)[0, : SHOWN_STEPS + 1]
@@ -101,7 +101,7 @@ def _constant(axes: Axes, found: Found, theme: Theme) -> None:
     axes.legend(fontsize=8, ncols=2, loc="upper left", labelspacing=0.3)
 
 
-def _walk(axes: Axes, found: Found, theme: Theme) -> None:
+def _walk(axes: Axes, found: Analysis, theme: Theme) -> None:
     s = found.settings
     steps = counts(s.rate_steps)
     for B, shade in zip(s.batch_sizes, np.linspace(0, 1, len(s.batch_sizes)), strict=True):

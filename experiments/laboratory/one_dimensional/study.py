@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from experiments.cube import cube
 from experiments.errors import UserError
-from experiments.estimate import Array
 from experiments.jobs import Job, Result
-from experiments.laboratory.one_dimensional import figure
-from experiments.laboratory.one_dimensional.findings import EDGE, FACTOR_STEPS, Found, findings, tables
+from experiments.laboratory.one_dimensional.analysis import EDGE, FACTOR_STEPS, analyse
+from experiments.laboratory.one_dimensional.figure import alternative, caption, draw
+from experiments.laboratory.one_dimensional.findings import findings
 from experiments.laboratory.one_dimensional.runs import LATE, descend, descend_without_noise, gradient_at_minimum
+from experiments.laboratory.one_dimensional.tables import TERMS, tables
 from experiments.laboratory.schemas import OneDimensionalConfig
+from experiments.laboratory.terms import intervals
 from experiments.schemas.run import Config
 from experiments.study import Outcome, Study
 
@@ -70,35 +69,15 @@ class OneDimensional(Study[OneDimensionalConfig]):
         return jobs
 
     def outcome(self, results: Sequence[Result]) -> Outcome:
-        s = self.settings
-        descents = [r for r in results if "power" in r.coordinates]
-        others = [r for r in results if "power" not in r.coordinates]
-        found = Found(
-            s,
-            cube([r for r in others if "batch_size" in r.coordinates], ["seed", "batch_size"], float),
-            cube(descents, ["seed", "power", "batch_size"], errors, scale=s.scale),
-            cube([r for r in others if "rate" in r.coordinates], ["seed", "rate"], list),
-            cube(descents, ["seed", "batch_size"], errors, scale=EDGE),
-        )
+        analysis = analyse(self.settings, results)
         return Outcome(
-            tables=tables(found),
-            findings=findings(found),
-            draw=lambda theme: figure.draw(found, theme),
-            caption=figure.caption(found),
-            alternative=figure.alternative(found),
-            terms={
-                "Error": "The distance from the minimum of the true loss, as the root of its mean square over "
-                f"{s.repetitions} runs a seed.",
-                "c / t^p": "The learning rate at step t. Its sum is infinite for p up to 1, and the sum of its squares "
-                "is finite for p above 1/2.",
-                "Intervals": f"95% bootstrap over {len(s.seeds)} seeds, widened where they are few.",
-            },
+            tables=tables(analysis),
+            findings=findings(analysis),
+            draw=lambda theme: draw(analysis, theme),
+            caption=caption(analysis),
+            alternative=alternative(analysis),
+            terms=TERMS | intervals(len(self.settings.seeds)),
         )
-
-
-def errors(found: dict[str, list[float]]) -> Array:
-    """Mean and mean square (T, 2)."""
-    return np.stack([found["mean"], found["square"]], axis=-1)
 
 
 STUDY = OneDimensional

@@ -11,10 +11,35 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from experiments.drawing import interval_band
-from experiments.laboratory.rms_units.analysis import EXACT, EXPONENTS, LABELS, UNIT_LABELS, UNITS, Analysis
+from experiments.laboratory.rms_units.analysis import EXPONENTS, LABELS, UNIT_LABELS, UNITS, Analysis
+from experiments.laboratory.rms_units.findings import EXACT
 from experiments.themes import Theme, canvas, plain_log_ticks
 
 SMALLEST = 1e-17  # an exact zero, on a logarithmic axis
+
+
+def caption(analysis: Analysis) -> str:
+    settings = analysis.settings
+    return (
+        f"Top: how far predictions on the digits are from those of the same training in the original units, "
+        f"with weights {settings.weight_scale:g} times as large in one layer and as small in the other, or a "
+        f"loss {settings.loss_scale:g} times as large; dashed: with eps held fixed instead of following the "
+        "units. Bottom: final training loss along the learning rate, each with its best floor. "
+        f"{len(settings.seeds)} seeds; bands are 95% intervals."
+    )
+
+
+def alternative(analysis: Analysis) -> str:
+    moved = "; ".join(
+        f"{LABELS[x]} in {UNIT_LABELS[units]}: {analysis.largest(x, units, True):.1e}"
+        for x in EXPONENTS
+        for units in UNITS[1:]
+    )
+    return (
+        f"Change of predictions over steps, at most {moved}. Final loss along the learning rate, "
+        f"at best {analysis.loss(0.5, 'original', 'original')} for g/sigma and "
+        f"{analysis.loss(1.0, 'original', 'original')} for g/sigma^2."
+    )
 
 
 def draw(analysis: Analysis, theme: Theme) -> Figure:

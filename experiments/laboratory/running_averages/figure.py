@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import bars
 from experiments.estimate import Array, Estimate, over_seeds
+from experiments.laboratory.running_averages.analysis import LABELS, Analysis, of
 from experiments.laboratory.running_averages.smoothing import AVERAGES, PHASES, SIGNALS
-from experiments.laboratory.schemas import RunningAveragesConfig
 from experiments.themes import Theme, canvas, plain_log_ticks
 
 # Lines that coincide are told apart by their widths: the widest is drawn first, and the broken one last.
@@ -20,15 +20,30 @@ WIDTHS = {"mean": 1.3, "ewma": 4.5, "debiased_ewma": 2.8, "window": 1.6, "slides
 STYLES = {"slides": "--"}
 
 
-def draw(
-    settings: RunningAveragesConfig,
-    labels: Mapping[str, str],
-    shown: Mapping[str, Any],
-    tracking: Array,
-    noise: Array,
-    theme: Theme,
-) -> Figure:
-    """tracking, noise: (seeds, horizons, averages, signals, phases)."""
+def caption(analysis: Analysis) -> str:
+    settings = analysis.settings
+    return (
+        f"Top: one draw (dots: the data, dotted line: the signal) and averages of horizon N = {settings.shown}. "
+        "Bottom: what each leaves of the noise against its lag behind the cosine, one point a horizon (N = "
+        f"{', '.join(map(str, settings.horizons))}, longer ones to the left), settled and in the first N examples; "
+        f"lower and further left is better. Means over {len(settings.seeds)} seeds of {settings.draws} draws; "
+        "vertical lines are 95% intervals over seeds, where they are larger than a point; lags that these do not tell "
+        "from zero are left out. EWMA from zero, EWMA debiased and min(t, N) mean coincide once settled."
+    )
+
+
+def alternative(analysis: Analysis) -> str:
+    settings, tracking, noise = analysis.settings, analysis.tracking, analysis.noise
+    at = settings.horizons.index(settings.shown)
+    numbers = "; ".join(
+        f"{LABELS[kind]}: noise {of(noise, kind, 'cosine', 'settled')[:, at].mean():.2g}, "
+        f"lag {of(tracking, kind, 'cosine', 'settled')[:, at].mean():.2g}"
+        for kind in AVERAGES
+    )
+    return f"Averages of noisy data, and noise against lag along horizons. Settled, at N = {settings.shown}: {numbers}."
+
+
+def draw(analysis: Analysis, theme: Theme) -> Figure:
     colours = {
         "mean": theme.reference,
         "ewma": theme.baselines[0],
@@ -42,23 +57,23 @@ def draw(
         for axes, signal, title in zip(
             above.subplots(1, 2),
             SIGNALS,
-            ("An offset with noise", f"A cosine of period {settings.period:,} with noise"),
+            ("An offset with noise", f"A cosine of period {analysis.settings.period:,} with noise"),
             strict=True,
         ):
-            _trace(axes, shown[signal], colours, theme)
+            _trace(axes, analysis.shown[signal], colours, theme)
             axes.set_title(title)
         panels = below.subplots(1, 2, sharey=True)
         for axes, phase, title in zip(
             panels, reversed(PHASES), ("Once settled", "In the first N examples"), strict=True
         ):
-            _noise_against_lag(axes, tracking, noise, PHASES.index(phase), colours)
+            _noise_against_lag(axes, analysis.tracking, analysis.noise, PHASES.index(phase), colours)
             axes.set_title(title)
         panels[0].set_ylabel("squared lag behind the cosine")
         handles = [
             panels[1].plot([], [], STYLES.get(kind, "-"), color=colours[kind], linewidth=WIDTHS[kind])[0]
             for kind in AVERAGES
         ]
-        figure.legend(handles, [labels[kind] for kind in AVERAGES], loc="outside lower center", ncols=5, fontsize=8)
+        figure.legend(handles, [LABELS[kind] for kind in AVERAGES], loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
 

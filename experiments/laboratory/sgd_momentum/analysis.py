@@ -38,6 +38,7 @@ LABELS = {
     "ours_debiased": "ours, debiased",
 }
 UNITS = ("torch", "examples")
+POSITIONS = 5  # horizons within which a batch may come, whose total effect is measured
 
 
 @dataclass(frozen=True)

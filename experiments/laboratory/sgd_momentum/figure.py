@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from experiments.drawing import across_batch_sizes, bars
 from experiments.estimate import Array, over_seeds
-from experiments.laboratory.sgd_momentum.analysis import LABELS, UNITS, Analysis
+from experiments.laboratory.sgd_momentum.analysis import LABELS, SCALINGS, UNITS, Analysis
 from experiments.themes import Theme, canvas, plain_log_ticks
 
 # On the quadratic at the tuned batch size "heavy_ball" and "ewma" are the curve of "torch".
@@ -21,6 +21,29 @@ STYLES: dict[str, Any] = {"slides": "--", "plain": ":"}
 WIDTHS = {"dampened": 4.5, "debiased_ewma": 2.8}  # curves that coincide
 NAMES = {"torch": "heavy ball, torch's and ours"}
 WARM_UP = 8  # horizons
+
+
+def caption(analysis: Analysis) -> str:
+    settings = analysis.settings
+    return (
+        f"Top and middle: the quadratic, N = {settings.horizon:g} examples, at B = {settings.tuning_batch_size} unless "
+        "B is the axis. Distance covered: one minus the mean of theta, in units of lr0 times examples. Lines in the "
+        "panel of the variance: closed form of torch's heavy ball. Near-zero gradients: both in units of what they are "
+        "when all examples are informative. Bottom: training loss on the digits, geometric mean over seeds, one line "
+        f"a batch size, lr at B = {settings.tuning_batch_size}. Means over {len(settings.seeds)} seeds; vertical "
+        "lines are 95% intervals where larger than a point."
+    )
+
+
+def alternative(analysis: Analysis) -> str:
+    scores = ", ".join(
+        f"{LABELS[scaling]} at {fraction:g} times the tuned lr {analysis.score(scaling, fraction).mean():.2g}"
+        for scaling, fraction in product(SCALINGS, analysis.settings.lr_fractions)
+    )
+    return (
+        "Distance covered in the warm-up, total effect of a batch, settled variance and time to a tenth over batch "
+        f"sizes, near-zero gradients, and learning curves on the digits. Scores over batch sizes: {scores}."
+    )
 
 
 def draw(analysis: Analysis, theme: Theme) -> Figure:

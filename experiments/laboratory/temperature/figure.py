@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.drawing import headroom, logarithmic, range_band
 from experiments.laboratory.quadratic import stationary_variance
-from experiments.laboratory.temperature.findings import ENSEMBLES, Found, expected_excesses, temperatures
+from experiments.laboratory.temperature.analysis import ENSEMBLES, Analysis, expected_excesses, temperatures
 from experiments.laboratory.temperature.wells import expected_excess
 from experiments.themes import Theme, canvas, plain_log_ticks
 
@@ -24,7 +24,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 TEMPERATURE = "eta/B (learning rate of one example)"
 
 
-def caption(found: Found) -> str:
+def caption(found: Analysis) -> str:
     s = found.settings
     return (
         "Top: how far constant learning rates keep from a minimum, against eta/B; lines are theory with nothing "
@@ -36,7 +36,7 @@ def caption(found: Found) -> str:
     )
 
 
-def alternative(found: Found) -> str:
+def alternative(found: Analysis) -> str:
     ratio = found.excess.values.mean(axis=0) / expected_excesses(found)
     heat = temperatures(found)
     best = [found.tuned(i) for i in range(len(ENSEMBLES))]
@@ -50,7 +50,7 @@ def alternative(found: Found) -> str:
     )
 
 
-def draw(found: Found, theme: Theme) -> Figure:
+def draw(found: Analysis, theme: Theme) -> Figure:
     with canvas(theme, 8.0, 9.0) as figure:
         panels: Any = figure.subplots(3, 2)
         _variance(panels[0, 0], found, theme)
@@ -69,7 +69,7 @@ def _points(axes: Axes, heat: Any, values: Any, colour: Any, marker: str, label:
     axes.errorbar(heat, middle, yerr=spread, color=colour, fmt=marker, markersize=4.5, capsize=2, lw=0.9, label=label)
 
 
-def _variance(axes: Axes, found: Found, theme: Theme) -> None:
+def _variance(axes: Axes, found: Analysis, theme: Theme) -> None:
     s = found.settings
     for h, marker in zip(s.curvatures, MARKERS, strict=False):
         for j, (B, shade) in enumerate(zip(s.batch_sizes, np.linspace(0, 1, len(s.batch_sizes)), strict=True)):
@@ -82,7 +82,7 @@ def _variance(axes: Axes, found: Found, theme: Theme) -> None:
     axes.legend(fontsize=7.5, labelspacing=0.25, loc="upper left")
 
 
-def _excess(axes: Axes, found: Found, theme: Theme) -> None:
+def _excess(axes: Axes, found: Analysis, theme: Theme) -> None:
     s = found.settings
     heat = temperatures(found)
     sizes = s.well_batch_sizes
@@ -107,7 +107,7 @@ def _colours(theme: Theme) -> dict[tuple[bool, bool], tuple[str, str]]:
     }
 
 
-def _curves(axes: Axes, found: Found, theme: Theme) -> None:
+def _curves(axes: Axes, found: Analysis, theme: Theme) -> None:
     s = found.settings
     gaps = [found.apart((False, False), (True, False), i).mean() for i in range(len(s.lr_multipliers))]
     shown = int(np.argmax(gaps))
@@ -128,7 +128,7 @@ def _curves(axes: Axes, found: Found, theme: Theme) -> None:
     axes.legend(fontsize=7.5, labelspacing=0.25)
 
 
-def _apart(axes: Axes, found: Found, theme: Theme) -> None:
+def _apart(axes: Axes, found: Analysis, theme: Theme) -> None:
     s = found.settings
     colours = _colours(theme)
     pairs = [
@@ -158,7 +158,7 @@ def _bars(axes: Axes, names: list[str], values: list[Any], colours: list[str], l
     axes.set_title(title)
 
 
-def _losses(axes: Axes, found: Found, theme: Theme) -> None:
+def _losses(axes: Axes, found: Analysis, theme: Theme) -> None:
     best = [found.tuned(i) for i in range(len(ENSEMBLES))]
     values = [found.tested.values[:, lr, i, 1] for i, lr in enumerate(best)]
     colours = [theme.ours[0], theme.ours[1], theme.baselines[0], theme.baselines[1]]
@@ -166,7 +166,7 @@ def _losses(axes: Axes, found: Found, theme: Theme) -> None:
     _bars(axes, names, values, colours, "test loss (nats)", "Snapshots: test loss")
 
 
-def _distances(axes: Axes, found: Found, theme: Theme) -> None:
+def _distances(axes: Axes, found: Analysis, theme: Theme) -> None:
     lr = found.tuned(0)
     names = ["along cycles", "along one run", "independent\nruns"]
     values = [found.distance.values[:, lr, i] for i in range(3)]

@@ -2,76 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 
-from experiments.cube import Cube
 from experiments.estimate import Array, Finding, at_edge, listed, notes, over_seeds, ratio_of_means
 from experiments.laboratory.deviation import largest_deviation
 from experiments.laboratory.quadratic import stationary_variance
-from experiments.laboratory.schemas import TemperatureConfig
-from experiments.laboratory.temperature.wells import expected_excess
+from experiments.laboratory.temperature.analysis import (
+    ENSEMBLES,
+    Analysis,
+    equal_temperatures,
+    expected_excesses,
+    largest_spread,
+    temperatures,
+)
 from experiments.laboratory.verdicts import within
 
 CLOSE = 0.05  # of a variance to its closed form
 CLOSE_ON_DATA = 0.1  # of an excess loss to what its minimum foretells; and of curves, in ln(loss)
 
-ENSEMBLES = ("cycles, ensemble", "cycles, last", "one run, ensemble", "one run, last")
 
-
-@dataclass(frozen=True)
-class Found:
-    """Cubes with the seed in front: variance (S, curvature, rate, B); excess (S, rate, B); curve (S, lr, decays, grows,
-    T); tested (S, lr, ENSEMBLES, 3), validation loss, loss and accuracy; distance (S, lr, 3), of cycles, of one run and
-    of independent runs. The minimum is that of the well."""
-
-    settings: TemperatureConfig
-    variance: Cube
-    excess: Cube
-    curvatures: Array
-    noise: Array
-    trace: float
-    curve: Cube
-    examples: list[int]
-    steps: dict[tuple[bool, bool], int]
-    tested: Cube
-    distance: Cube
-
-    @property
-    def seeds(self) -> int:
-        return len(self.settings.seeds)
-
-    def apart(self, one: tuple[bool, bool], other: tuple[bool, bool], lr: int) -> Array:
-        """|ln of the ratio of losses| of two ways to anneal, after the first stage, (S, T)."""
-        a, b = (np.log(self.curve.at(decays=way[0], grows=way[1])[:, lr]) for way in (one, other))
-        late = np.array(self.examples) > self.settings.stage
-        gap: Array = np.abs(a - b)[:, late]
-        return gap
-
-    def tuned(self, ensemble: int) -> int:
-        """The position of the learning rate with the lowest validation loss, mean over seeds."""
-        return int(self.tested.values[:, :, ensemble, 0].mean(axis=0).argmin())
-
-
-def equal_temperatures(rates: Sequence[float], batch_sizes: Sequence[int]) -> dict[float, list[tuple[int, int]]]:
-    """Positions (rate, batch size) by eta/B, of every eta/B that is there more than once."""
-    cells: dict[float, list[tuple[int, int]]] = {}
-    for i, rate in enumerate(rates):
-        for j, B in enumerate(batch_sizes):
-            cells.setdefault(float(f"{rate / B:.6g}"), []).append((i, j))
-    return {temperature: where for temperature, where in sorted(cells.items()) if len(where) > 1}
-
-
-def largest_spread(rows: Array, cells: dict[float, list[tuple[int, int]]]) -> float:
-    """Over equal eta/B, of values (S, rate, B): the largest ratio of two means over seeds, less 1."""
-    means = rows.mean(axis=0)
-    return max(max(means[c] for c in where) / min(means[c] for c in where) for where in cells.values()) - 1
-
-
-def findings(found: Found) -> list[Finding]:
+def findings(found: Analysis) -> list[Finding]:
     return [
         _variance(found),
         *(_one_temperature(found, h) for h in found.settings.curvatures),
@@ -83,7 +36,7 @@ def findings(found: Found) -> list[Finding]:
     ]
 
 
-def _variance(found: Found) -> Finding:
+def _variance(found: Analysis) -> Finding:
     s = found.settings
     expected = np.array(
         [
@@ -100,7 +53,7 @@ def _variance(found: Found) -> Finding:
     )
 
 
-def _one_temperature(found: Found, curvature: float) -> Finding:
+def _one_temperature(found: Analysis, curvature: float) -> Finding:
     s = found.settings
     cells = equal_temperatures(s.rates, s.batch_sizes)
     spread = over_seeds(found.variance.at(curvature=curvature), lambda v: largest_spread(v, cells))
@@ -114,19 +67,7 @@ def _one_temperature(found: Found, curvature: float) -> Finding:
     )
 
 
-def expected_excesses(found: Found) -> Array:
-    s = found.settings
-    return np.array(
-        [[expected_excess(found.curvatures, found.noise, rate, B) for B in s.well_batch_sizes] for rate in s.well_rates]
-    )
-
-
-def temperatures(found: Found) -> Array:
-    s = found.settings
-    return np.array([[rate / B for B in s.well_batch_sizes] for rate in s.well_rates])
-
-
-def _excess(found: Found) -> Finding:
+def _excess(found: Analysis) -> Finding:
     expected, heat = expected_excesses(found), temperatures(found)
     off = largest_deviation(found.excess.values, expected)
     ratio = found.excess.values.mean(axis=0) / expected
@@ -147,12 +88,12 @@ def _excess(found: Found) -> Finding:
     )
 
 
-def _slope(found: Found) -> Callable[[Array], float]:
+def _slope(found: Analysis) -> Callable[[Array], float]:
     heat = np.log(temperatures(found).ravel())
     return lambda rows: float(np.polyfit(heat, np.log(rows.mean(axis=0).ravel()), 1)[0])
 
 
-def _proportional(found: Found) -> Finding:
+def _proportional(found: Analysis) -> Finding:
     slope, heat = over_seeds(found.excess.values, _slope(found)), temperatures(found)
     return Finding(
         "On the data, the excess loss is proportional to eta/B: a slope of 1 in logarithms, within 0.1",
@@ -161,7 +102,7 @@ def _proportional(found: Found) -> Finding:
     )
 
 
-def _excess_at_equal_temperature(found: Found) -> Finding:
+def _excess_at_equal_temperature(found: Analysis) -> Finding:
     s = found.settings
     cells = equal_temperatures(s.well_rates, s.well_batch_sizes)
     spread = over_seeds(found.excess.values, lambda v: largest_spread(v, cells))
@@ -173,7 +114,7 @@ def _excess_at_equal_temperature(found: Found) -> Finding:
     )
 
 
-def _annealing(found: Found) -> list[Finding]:
+def _annealing(found: Analysis) -> list[Finding]:
     s = found.settings
     last = s.factor ** (s.stages - 1)
     constant, decayed, kept, smith = (False, False), (True, False), (False, True), (True, True)
@@ -197,7 +138,7 @@ def _annealing(found: Found) -> list[Finding]:
     ]
 
 
-def _same_curve(found: Found, way: tuple[bool, bool], other: tuple[bool, bool], bar: str, ending: str) -> Finding:
+def _same_curve(found: Analysis, way: tuple[bool, bool], other: tuple[bool, bool], bar: str, ending: str) -> Finding:
     """Judged at the learning rate where the two are furthest apart."""
     s = found.settings
     gaps = [over_seeds(found.apart(way, other, i)) for i in range(len(s.lr_multipliers))]
@@ -215,13 +156,13 @@ def _same_curve(found: Found, way: tuple[bool, bool], other: tuple[bool, bool], 
     )
 
 
-def _between_seeds(found: Found, way: tuple[bool, bool], lr: int) -> float:
+def _between_seeds(found: Analysis, way: tuple[bool, bool], lr: int) -> float:
     late = np.array(found.examples) > found.settings.stage
     curves = np.log(found.curve.at(decays=way[0], grows=way[1])[:, lr][:, late])
     return float(np.mean([np.abs(a - b).mean() for a, b in pairwise(curves)])) if len(curves) > 1 else np.nan
 
 
-def _snapshots(found: Found) -> list[Finding]:
+def _snapshots(found: Analysis) -> list[Finding]:
     s = found.settings
     best = [found.tuned(i) for i in range(len(ENSEMBLES))]
     rows = found.tested.values

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
-import numpy as np
-
-from experiments.cube import cube
 from experiments.errors import UserError
 from experiments.jobs import Coordinate, Job, Result
 from experiments.laboratory.problem import problem_of
 from experiments.laboratory.schemas import TemperatureConfig
-from experiments.laboratory.temperature import figure
-from experiments.laboratory.temperature.findings import ENSEMBLES, Found, equal_temperatures, findings
+from experiments.laboratory.temperature.analysis import analyse, equal_temperatures
+from experiments.laboratory.temperature.figure import alternative, caption, draw
+from experiments.laboratory.temperature.findings import findings
 from experiments.laboratory.temperature.runs import anneal, snapshots
-from experiments.laboratory.temperature.tables import tables
+from experiments.laboratory.temperature.tables import TERMS, tables
 from experiments.laboratory.temperature.wells import quadratic_variance, well_at_minimum, well_excess
+from experiments.laboratory.terms import intervals
 from experiments.optimizers import OURS
 from experiments.schemas.run import Config
 from experiments.study import Outcome, Study, default_optimizer
@@ -129,44 +128,14 @@ class Temperature(Study[TemperatureConfig]):
         return jobs
 
     def outcome(self, results: Sequence[Result]) -> Outcome:
-        def with_(name: str) -> list[Result]:
-            return [result for result in results if name in result.coordinates]
-
-        annealed, cycled = with_("decays"), with_("cycles")
-        well = [result for result in with_("penalty") if "rate" in result.coordinates]
-        (minimum,) = (result.found for result in with_("penalty") if "rate" not in result.coordinates)
-        found = Found(
-            self.settings,
-            variance=cube(with_("curvature"), ["seed", "curvature", "rate", "batch_size"], float),
-            excess=cube(well, ["seed", "rate", "batch_size"], float),
-            curvatures=np.array(minimum["curvatures"]),
-            noise=np.array(minimum["noise"]),
-            trace=minimum["trace"],
-            curve=cube(annealed, ["seed", "lr", "decays", "grows"], lambda found: found["loss"]),
-            examples=annealed[0].found["examples"],
-            steps={(bool(r.coordinates["decays"]), bool(r.coordinates["grows"])): r.found["steps"] for r in annealed},
-            tested=cube(
-                cycled,
-                ["seed", "lr"],
-                lambda found: [[found[name][key] for key in ("validation", "loss", "accuracy")] for name in ENSEMBLES],
-            ),
-            distance=cube(cycled, ["seed", "lr"], lambda found: list(found["distance"].values())),
-        )
+        analysis = analyse(self.settings, results)
         return Outcome(
-            tables=tables(found),
-            findings=findings(found),
-            draw=lambda theme: figure.draw(found, theme),
-            caption=figure.caption(found),
-            alternative=figure.alternative(found),
-            terms={
-                "eta/B": "The learning rate of torch's SGD over the batch size: what one example does. It is lr0, the "
-                "learning rate in units of examples.",
-                "Excess loss": "The loss with its penalty, of all training examples, above that at the minimum; mean "
-                "over a run that has forgotten its start. Batches are drawn with replacement, as theory has it.",
-                "Distance": "In function space: total variation between the predicted distributions of two models, "
-                "mean over the test set. 0 is the same prediction everywhere, 1 none in common.",
-                "Intervals": f"95% bootstrap over {len(self.settings.seeds)} seeds, widened where they are few.",
-            },
+            tables=tables(analysis),
+            findings=findings(analysis),
+            draw=lambda theme: draw(analysis, theme),
+            caption=caption(analysis),
+            alternative=alternative(analysis),
+            terms=TERMS | intervals(len(self.settings.seeds)),
         )
 
 

@@ -6,10 +6,10 @@ import numpy as np
 
 from experiments.documents import Cell, Table
 from experiments.estimate import Estimate, over_seeds
-from experiments.laboratory.temperature.findings import ENSEMBLES, Found, expected_excesses, temperatures
+from experiments.laboratory.temperature.analysis import ENSEMBLES, Analysis, expected_excesses, temperatures
 
 
-def tables(found: Found) -> list[Table]:
+def tables(found: Analysis) -> list[Table]:
     s = found.settings
     expected, heat = expected_excesses(found), temperatures(found)
     excess: list[list[Cell]] = []
@@ -53,3 +53,13 @@ def tables(found: Found) -> list[Table]:
             (0,),
         ),
     ]
+
+
+TERMS = {
+    "eta/B": "The learning rate of torch's SGD over the batch size: what one example does. It is lr0, the learning "
+    "rate in units of examples.",
+    "Excess loss": "The loss with its penalty, of all training examples, above that at the minimum; mean over a run "
+    "that has forgotten its start. Batches are drawn with replacement, as theory has it.",
+    "Distance": "In function space: total variation between the predicted distributions of two models, mean over the "
+    "test set. 0 is the same prediction everywhere, 1 none in common.",
+}

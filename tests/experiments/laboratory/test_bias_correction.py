@@ -12,7 +12,8 @@ from experiments.config import compose_config
 from experiments.errors import UserError
 from experiments.jobs import Result
 from experiments.laboratory.bias_correction.moments import VARIANTS
-from experiments.laboratory.bias_correction.study import POINTS, BiasCorrection, trained
+from experiments.laboratory.bias_correction.runs import POINTS, trained
+from experiments.laboratory.bias_correction.study import BiasCorrection
 from experiments.laboratory.digits import log_spaced
 from experiments.laboratory.schemas import BiasCorrectionConfig
 from experiments.launch import run_study

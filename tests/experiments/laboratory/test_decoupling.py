@@ -12,8 +12,8 @@ import torch
 from experiments.config import compose_config
 from experiments.errors import UserError
 from experiments.jobs import Result
-from experiments.laboratory.decoupling.maps import best, final_log_loss, heat_map
-from experiments.laboratory.decoupling.study import AXES, UNITS, Decoupling, centre_lr, optimizer_at
+from experiments.laboratory.decoupling.analysis import AXES, UNITS, best, final_log_loss, heat_map
+from experiments.laboratory.decoupling.study import Decoupling, centre_lr, optimizer_at
 from experiments.laboratory.schemas import DecouplingConfig
 from experiments.launch import run_study
 from experiments.optimizers import build_optimizer

@@ -10,9 +10,9 @@ import pytest
 from experiments import estimate, laboratory
 from experiments.errors import UserError
 from experiments.jobs import Job, Measurement, Result, Training
-from experiments.laboratory.drift.findings import crossing, lowest, tuned, tuned_loss
+from experiments.laboratory.drift.analysis import crossing, losses, lowest, tuned, tuned_loss
 from experiments.laboratory.drift.follow import lengths_of, scatter_of
-from experiments.laboratory.drift.study import Drift, losses
+from experiments.laboratory.drift.study import Drift
 from experiments.laboratory.schemas import DriftConfig
 from experiments.launch import run_study
 from experiments.record import Record

@@ -10,7 +10,7 @@ import torch
 from experiments import estimate, laboratory
 from experiments.errors import UserError
 from experiments.jobs import Measurement, Result
-from experiments.laboratory.one_dimensional.findings import EDGE
+from experiments.laboratory.one_dimensional.analysis import EDGE
 from experiments.laboratory.one_dimensional.runs import counts, descend, descend_without_noise, gradient_at_minimum
 from experiments.laboratory.one_dimensional.study import OneDimensional
 from experiments.laboratory.quadratic import moments, power_rates

@@ -15,7 +15,8 @@ from experiments.jobs import Result
 from experiments.laboratory.digits import examples, network
 from experiments.laboratory.problem import predictions
 from experiments.laboratory.rms_units.analysis import EXPONENTS, UNITS
-from experiments.laboratory.rms_units.study import METHODS, RmsUnits, deviation, rescaled, rmsprop, step_counts, trained
+from experiments.laboratory.rms_units.runs import METHODS, deviation, rescaled, rmsprop, step_counts, trained
+from experiments.laboratory.rms_units.study import RmsUnits
 from experiments.laboratory.schemas import RmsUnitsConfig
 from experiments.launch import run_study
 from experiments.report import Summary

@@ -9,8 +9,9 @@ import pytest
 from experiments import laboratory
 from experiments.errors import UserError
 from experiments.jobs import Result
+from experiments.laboratory.running_averages.analysis import LABELS
 from experiments.laboratory.running_averages.smoothing import AVERAGES, trace
-from experiments.laboratory.running_averages.study import LABELS, RunningAverages
+from experiments.laboratory.running_averages.study import RunningAverages
 from experiments.laboratory.schemas import RunningAveragesConfig
 from experiments.launch import run_study
 from experiments.schemas.run import Config

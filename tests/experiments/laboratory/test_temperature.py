@@ -11,7 +11,7 @@ from experiments.errors import UserError
 from experiments.jobs import Measurement, Result
 from experiments.laboratory.quadratic import stationary_variance
 from experiments.laboratory.schemas import TemperatureConfig
-from experiments.laboratory.temperature.findings import equal_temperatures
+from experiments.laboratory.temperature.analysis import equal_temperatures
 from experiments.laboratory.temperature.study import Temperature
 from experiments.laboratory.temperature.wells import expected_excess
 from experiments.launch import run_study

@@ -10,7 +10,27 @@ import numpy as np
 from experiments.cube import cube
 from experiments.estimate import Array, Estimate, interval, resampled
 from experiments.jobs import Result
+from experiments.laboratory.schemas import DecouplingConfig
 from experiments.record import Record
+
+UNITS = ("torch", "examples")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """methods: torch's, and that in units of examples; members of the group `optimizer`."""
+
+    label: str
+    methods: tuple[str, str]
+
+
+AXES = {
+    "batch_size": Axis("batch size B", ("adam", "batch_invariant_adam_r1")),
+    "momentum_horizon": Axis("horizon of SGD's momentum, N_g", ("batch_invariant_sgd", "batch_invariant_sgd_debiased")),
+    "gradient_horizon": Axis("horizon of Adam's mean, N_g", ("adam", "batch_invariant_adam_r1")),
+    "square_horizon": Axis("horizon of Adam's squares, N_s", ("adam", "batch_invariant_adam_r1")),
+    "eps": Axis("Adam's eps", ("adam", "batch_invariant_adam_slides")),
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +49,25 @@ class HeatMap:
     drift: Estimate
     slope: Estimate
     edges: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """maps: by axis and units; diverged: how many of the runs."""
+
+    settings: DecouplingConfig
+    maps: dict[str, dict[str, HeatMap]]
+    runs: int
+    diverged: int
+
+
+def analyse(settings: DecouplingConfig, results: Sequence[Result]) -> Analysis:
+    return Analysis(
+        settings,
+        {axis: {units: heat_map(results, axis, units) for units in UNITS} for axis in AXES},
+        len(results),
+        sum(result.found.status == "diverged" for result in results),
+    )
 
 
 def heat_map(results: Sequence[Result], axis: str, units: str) -> HeatMap:
