@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from experiments.schemas.run import Config
 from experiments.study import Study
 from experiments.tracker import open_summary, track_outcome
 
+OF_ALL = ("experiment", "study", "name", "directory", "resume", "tracker")  # keys that any study may be given
+UNTOLD = ("name", "note", "runs", "workers")  # settings that decide no number
+
 
 def run_study(config: Config, directory: Path) -> None:
     """Run what has no result yet, then write tables, figure and report to the directory.
@@ -32,6 +36,7 @@ def run_study(config: Config, directory: Path) -> None:
     if (settings := config.study) is None:
         raise UserError("study=null: choose an experiment that has one, as experiment=batch_size_invariance")
     study = laboratory.load(settings)
+    refuse_unread(study, overrides())
     group = f"{config.name} {time.strftime('%Y-%m-%d %H:%M:%S')}"
     config = dataclasses.replace(
         config, directory=str(directory), tracker=dataclasses.replace(config.tracker, group=group)
@@ -52,6 +57,23 @@ def run_study(config: Config, directory: Path) -> None:
         console.print(f"charts in a browser, with an account: wandb sync {folders[0]} {folders[1]}", soft_wrap=True)
 
 
+def overrides() -> list[str]:
+    """Of the command line; none where there is none."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def refuse_unread(study: Study[Any], given: Sequence[str]) -> None:
+    """Raises UserError for an override that would change nothing."""
+    for override in given:
+        key = override.lstrip("+~").partition("=")[0]
+        if not any(f"{key}.".startswith(f"{known}.") for known in (*OF_ALL, *study.reads)):
+            own = ", ".join(f"study.{f.name}" for f in dataclasses.fields(study.settings) if f.name not in UNTOLD)
+            raise UserError(
+                f"{override}: {study.settings.name} does not read {key}, and has settings of its own: {own}. "
+                f"Leave {key} away"
+            )
+
+
 def finish(study: Study[Any], config: Config, directory: Path, console: Console) -> None:
     """Round after round, until the results ask for no further job."""
     jobs: list[Job] = []
@@ -70,10 +92,9 @@ def describe(config: Config, directory: Path, jobs: list[Job]) -> None:
     What was found before may belong to other settings, and goes.
     """
     (directory / OUTCOME).unlink(missing_ok=True)
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else [f"experiment={config.name}"]
     Description(
         config=as_dict(config),
         jobs=places(jobs, directory),
-        command=shlex.join(["python", "-m", "experiments.train", *overrides]),
+        command=shlex.join(["python", "-m", "experiments.train", *(overrides() or [f"experiment={config.name}"])]),
         environment=environment(config.hardware.threads),
     ).save(directory)

@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -23,6 +24,22 @@ from experiments.schemas.run import Config
 from experiments.themes import LIGHT, Theme, image
 
 Settings = TypeVar("Settings", bound=StudyConfig)
+
+# What a study of training runs reads, whose settings say the optimizers, batch sizes and seeds.
+OF_RUNS = (
+    "data",
+    "model",
+    "engine",
+    "hardware",
+    "device",
+    "evaluation",
+    "train.epochs",
+    "train.warmup_examples",
+    "train.decay",
+    "train.max_norm",
+    "train.log_every_examples",
+    "train.checkpoint_every_examples",
+)
 
 
 @dataclass(frozen=True)
@@ -48,11 +65,13 @@ class Outcome:
 
 
 class Study(ABC, Generic[Settings]):
-    """One experiment of the laboratory. Its settings, in conf/experiment/, are all that jobs and outcome depend on."""
+    """One experiment of the laboratory. Its outcome depends on its settings, in conf/experiment/, and its jobs on these
+    and on what it reads of the rest."""
 
     title: ClassVar[str]
     question: ClassVar[str]
     source: ClassVar[str]  # of the claim that is tested: paper or slides, with the place in it
+    reads: ClassVar[tuple[str, ...]]  # keys of the configuration, or groups, that jobs depend on beside settings
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -107,6 +126,8 @@ class Study(ABC, Generic[Settings]):
         return measurement(self.root(config), function, cost, **arguments)
 
 
+# Composing takes a quarter of a second, and the jobs of a study are planned anew in every round.
+@cache
 def default_optimizer(method: str) -> OptimizerConfig:
     """A member of the group `optimizer`, with its own default values."""
     try:

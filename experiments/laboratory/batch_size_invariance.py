@@ -16,13 +16,15 @@ from experiments.jobs import Job, Result
 from experiments.laboratory.schemas import BatchSizeInvarianceConfig
 from experiments.laboratory.terms import DIVERGED, intervals
 from experiments.schemas.run import Config
-from experiments.study import Outcome, Study, default_optimizer
+from experiments.study import OF_RUNS, Outcome, Study, default_optimizer
 
 S = TypeVar("S", bound=BatchSizeInvarianceConfig)
 
 
 class Invariance(Study[S]):
     """The runs, for any question about them."""
+
+    reads = OF_RUNS
 
     def check(self) -> None:
         super().check()

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from experiments import jobs
+from experiments import jobs, laboratory
 from experiments.description import OUTCOME, Description, Summary
 from experiments.errors import UserError
 from experiments.jobs import Job, Result
 from experiments.laboratory.schemas import BatchSizeInvarianceConfig
-from experiments.launch import finish, run_study
+from experiments.launch import finish, refuse_unread, run_study
 from experiments.record import FILE, Record
 from experiments.schemas.run import Config
 from experiments.study import Outcome, Study
@@ -141,3 +141,24 @@ def test_in_processes_with_the_tracker(short: Make, tmp_path: Path) -> None:
     run_study(config, tmp_path)
     assert len(list(tmp_path.glob("runs/*/wandb/offline-run-*"))) == 12
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+
+
+@pytest.mark.parametrize("override", ["optimizer=adam", "train.batch_size=8", "seed=1", "search=learning_rate"])
+def test_an_override_that_would_change_nothing_is_refused(override: str) -> None:
+    study = laboratory.load(INVARIANCE)
+    key = override.partition("=")[0]
+    message = f"{override}: batch_size_invariance does not read {key}, and has settings of its own: .*study.batch_sizes"
+    with pytest.raises(UserError, match=message):
+        refuse_unread(study, ["experiment=demo", override])
+
+
+def test_overrides_of_what_a_study_reads_are_its_user_s() -> None:
+    given = [
+        "experiment=demo",
+        "study.seeds=[1]",
+        "train.epochs=2",
+        "model.dropout=0",
+        "+tracker.detail=true",
+        "data=npz",
+    ]
+    refuse_unread(laboratory.load(INVARIANCE), given)

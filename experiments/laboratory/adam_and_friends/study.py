@@ -25,6 +25,7 @@ class AdamAndFriends(Study[AdamAndFriendsConfig]):
         "McAllester, TTIC 31230, SGD, Momentum, RMSProp, Adam: the sequence of methods; an optimizer is better if it "
         "takes fewer steps at similar time; Kingma & Ba 2015: Adam joins momentum and RMSProp"
     )
+    reads = ("data", "model")
 
     def check(self) -> None:
         super().check()

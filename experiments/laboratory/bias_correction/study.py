@@ -24,6 +24,7 @@ class BiasCorrection(Study[BiasCorrectionConfig]):
     title = "Bias correction"
     question = "Is bias correction what makes Adam better than RMSProp with momentum?"
     source = "McAllester, TTIC 31230, SGD, Momentum, RMSProp, Adam: the guess that it is; Kingma & Ba 2015, section 6.4"
+    reads = ("data", "model")
 
     def check(self) -> None:
         super().check()

@@ -18,7 +18,7 @@ from experiments.laboratory.schemas import DecouplingConfig
 from experiments.laboratory.terms import DIVERGED, intervals
 from experiments.schemas.optimizer import AdamConfig, BatchInvariantSGDConfig, OptimizerConfig
 from experiments.schemas.run import Config
-from experiments.study import Outcome, Study, default_optimizer
+from experiments.study import OF_RUNS, Outcome, Study, default_optimizer
 from gradstats.units import decay_of
 
 
@@ -29,6 +29,7 @@ class Decoupling(Study[DecouplingConfig]):
         "McAllester, TTIC 31230, SGD, Momentum, RMSProp, Adam: in units of examples the learning rate lr0 is decoupled "
         "from B, N_g, N_s and eps"
     )
+    reads = OF_RUNS
 
     def check(self) -> None:
         super().check()

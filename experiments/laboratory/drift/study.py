@@ -19,7 +19,7 @@ from experiments.schedule import budget
 from experiments.schemas.model import MLPConfig
 from experiments.schemas.optimizer import BatchInvariantAdamConfig
 from experiments.schemas.run import Config, Decay
-from experiments.study import Outcome, Study, default_optimizer
+from experiments.study import OF_RUNS, Outcome, Study, default_optimizer
 
 
 class Drift(Study[DriftConfig]):
@@ -29,6 +29,7 @@ class Drift(Study[DriftConfig]):
         "McAllester, TTIC 31230, SGD, Momentum, RMSProp, Adam: a running average estimates the gradient because it "
         "drifts slowly compared with its noise"
     )
+    reads = (*OF_RUNS, "train.batch_size")
 
     def check(self) -> None:
         super().check()

@@ -27,6 +27,7 @@ class OneDimensional(Study[OneDimensionalConfig]):
         "McAllester, TTIC 31230, SGD, Momentum, RMSProp, Adam: convergence where the learning rates sum to infinity "
         "and their squares do not; Robbins & Monro 1951"
     )
+    reads = ()
 
     def check(self) -> None:
         super().check()

@@ -24,6 +24,7 @@ class RmsUnits(Study[RmsUnitsConfig]):
     title = "The unit of a step"
     question = "Which step stays the same in other units of the weights or the loss, and which trains better?"
     source = "McAllester, TTIC 31230, SGD, Momentum, RMSProp, Adam: by its units the step should be g/sigma^2"
+    reads = ("data", "model")
 
     def check(self) -> None:
         super().check()

@@ -25,6 +25,7 @@ class RunningAverages(Study[RunningAveragesConfig]):
         "McAllester, TTIC 31230, SGD, Momentum, RMSProp, Adam: the running average with N = min(t, N), and momentum as "
         "one; Kingma & Ba 2015, section 3: an average from zero is wrong by the factor 1 - beta^t"
     )
+    reads = ()
 
     def check(self) -> None:
         super().check()

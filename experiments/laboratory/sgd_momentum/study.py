@@ -17,7 +17,7 @@ from experiments.laboratory.sgd_momentum.tables import TERMS, tables
 from experiments.record import Record
 from experiments.schemas.optimizer import OptimizerConfig
 from experiments.schemas.run import Config
-from experiments.study import Outcome, Study, default_optimizer
+from experiments.study import OF_RUNS, Outcome, Study, default_optimizer
 
 COMPARED_STEPS, COMPARED_REPLICAS = 1000, 20  # of two methods on one stream: where they differ at all, it shows at once
 
@@ -30,6 +30,7 @@ class SGDMomentum(Study[SGDMomentumConfig]):
         "one example moves the parameters by lr0 g in total; debiasing and dampening change only the warm-up; Mandt et "
         "al. 2017, arXiv:1704.04289: the stationary variance"
     )
+    reads = OF_RUNS
 
     def check(self) -> None:
         super().check()

@@ -28,6 +28,7 @@ class Temperature(Study[TemperatureConfig]):
         "McAllester, TTIC 31230: learning rate as temperature; Smith et al. 2018, Don't Decay the Learning Rate, "
         "Increase the Batch Size; Huang et al. 2017, Snapshot Ensembles"
     )
+    reads = ("data", "model", "train.batch_size", "train.warmup_examples")
 
     def check(self) -> None:
         super().check()
