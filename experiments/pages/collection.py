@@ -18,13 +18,13 @@ from experiments.pages.chart import MOST_BANDS, Line, chart
 from experiments.pages.curves import METRICS, curve, layers, metrics
 from experiments.pages.groups import ABSENT, Collection, Group, states
 from experiments.pages.summary import FINAL, differences, final_values, findings, ranked
+from experiments.pages.title import title
 from experiments.pages.transfer import transfer
 from experiments.tracker import how_to_look
 
 LINEAR = ("accuracy/", "optimizer/", "speed/")  # metrics that are read on a linear axis first
 MOST_CHARTS = 4  # of layers: each is of one group, with a line a layer
 CEILING = 2  # of losses, in units of the initial model's: one that explodes would leave one line to all the others
-NAMED = 3  # paths in a title
 
 
 def page(collection: Collection, paths: Sequence[Path]) -> str:
@@ -39,9 +39,8 @@ def page(collection: Collection, paths: Sequence[Path]) -> str:
         ("Configuration and versions", _setting(collection)),
         ("Look further", html.commands("Commands", _further(paths, collection))),
     ]
-    names = list(dict.fromkeys(path.resolve().name for path in paths))
     return html.page(
-        title=", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else ""),
+        title=title(collection, paths),
         introduction=html.paragraph(_introduction(collection)),
         body="\n".join(html.section(heading, content) for heading, content in sections if content),
         footer=f"Made by gradstats from {_counted(len(collection.runs), 'run')}.",

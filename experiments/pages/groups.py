@@ -20,7 +20,7 @@ ABSENT = "–"
 # The keys by which readers know runs, before any others.
 FIRST = ("data.name", "model.name", "optimizer.label", "train.batch_size", "optimizer.lr")
 # Their values speak for themselves in a label.
-WITHOUT_KEY = frozenset({"data.name", "model.name", "optimizer.label", "optimizer.name"})
+WITHOUT_KEY = frozenset({"data.name", "model.name", "optimizer.label", "optimizer.name", "engine.name"})
 RANK = {"finished": 2, "diverged": 1, "unfinished": 0}
 
 

@@ -16,7 +16,7 @@ from experiments.pages.runs import collect
 from experiments.record import Record
 
 EXAMPLES = [0, *(256 * 2**i for i in range(8))]
-LABELS = {"adam": "Adam, <fixed>", "sgd": "SGD", "batch_invariant_adam": "ours"}
+LABELS = {"adam": "Adam, <fixed>", "sgd": "SGD", "forgotten": "?", "batch_invariant_adam": "ours"}
 MACHINE = {"processor": "Abacus", "torch": "2.13"}
 
 

@@ -113,9 +113,3 @@ def test_losses_that_explode_are_cut_off_and_said_to_be(tmp_path: Path, page: Ma
     with (wild / history.FILE).open("a") as file:
         file.write('{"examples_seen":65536,"loss/train":1e9}\n')
     assert "Losses above 2 times the initial model's are cut off." in made(tmp_path).text
-
-
-def test_titles_name_the_first_paths(tmp_path: Path) -> None:
-    paths = [write_run(tmp_path / name, seed=i) for i, name in enumerate("abcde")]
-    page = collection.page(collected(*paths), paths)
-    assert "<h1>a, b, c and 2 more</h1>" in page
