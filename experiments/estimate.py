@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +67,18 @@ class Finding:
     bar: str
     verdict: Verdict | None
     sentence: str
+
+
+def count(findings: Sequence[Finding]) -> str:
+    """How many claims hold, and so on."""
+    counted = Counter(finding.verdict for finding in findings)
+    plural = {"holds": "hold", "does not hold": "do not hold", "cannot be judged": "cannot be judged"}
+    told = [
+        f"{counted[verdict]} {verdict if counted[verdict] == 1 else plural[verdict]}"
+        for verdict in get_args(Verdict)
+        if counted[verdict]
+    ]
+    return ", ".join(told) or "no claim"
 
 
 def notes(sentences: Sequence[str]) -> list[Finding]:

@@ -22,9 +22,9 @@ from rich.table import Table as Grid
 from experiments import documents, record
 from experiments.catalogue import SHORT, Experiment, catalogue
 from experiments.errors import command_line
-from experiments.estimate import Finding
+from experiments.estimate import Finding, count
 from experiments.record import Record
-from experiments.recorded import Recorded, count, duration, finished, recorded
+from experiments.recorded import Recorded, duration, finished, recorded
 
 MARKER = "experiments"
 UNKNOWN = "not run yet"

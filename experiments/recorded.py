@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from experiments.atomic import atomic_write
 from experiments.catalogue import Experiment
 from experiments.description import OUTCOME, Description, Summary
 from experiments.errors import UserError
-from experiments.estimate import Finding, Verdict
+from experiments.estimate import Finding
 from experiments.fingerprint import NOT_IN_FINGERPRINT, as_dict
 
 FOLDER = Path("docs/results")
@@ -98,18 +96,6 @@ def elsewhere(key: str) -> bool:
 def figure_of(experiment: Experiment, form: Form) -> Path:
     one = experiment.short if form == "short" and experiment.short is not None else experiment
     return one.directory / FIGURE
-
-
-def count(findings: Sequence[Finding]) -> str:
-    """How many claims hold, and so on."""
-    counted = Counter(finding.verdict for finding in findings)
-    plural = {"holds": "hold", "does not hold": "do not hold", "cannot be judged": "cannot be judged"}
-    told = [
-        f"{counted[verdict]} {verdict if counted[verdict] == 1 else plural[verdict]}"
-        for verdict in get_args(Verdict)
-        if counted[verdict]
-    ]
-    return ", ".join(told) or "no claim"
 
 
 def duration(seconds: float) -> str:

@@ -25,8 +25,8 @@ from experiments.catalogue import Experiment, catalogue, chosen
 from experiments.description import OUTCOME
 from experiments.documents import Cell, Table, fill_document, markdown
 from experiments.errors import UserError, command_line
-from experiments.estimate import Finding
-from experiments.recorded import CORES, FOLDER, Recorded, count, duration, figure_of, finished, recorded
+from experiments.estimate import Finding, count
+from experiments.recorded import CORES, FOLDER, Recorded, duration, figure_of, finished, recorded
 
 RESULTS = Path("experiments/RESULTS.md")
 MARKER = "results"

@@ -8,10 +8,11 @@ from pathlib import Path
 from string import Template
 
 from experiments.documents import Cell, Table
-from experiments.estimate import Finding
+from experiments.estimate import Finding, Verdict, count
 
 CHART = '<figure class="chart"'  # as a chart begins
 HERE = Path(__file__).parent
+MISSES_FIRST: tuple[Verdict | None, ...] = ("does not hold", "cannot be judged", "holds", None)
 LONG = 25  # rows: a table with more scrolls inside a part of the screen
 
 
@@ -58,7 +59,11 @@ def definitions(terms: Mapping[str, str]) -> str:
 
 
 def findings(found: Sequence[Finding]) -> str:
-    return '<ul class="findings">\n' + "\n".join(map(_finding, found)) + "\n</ul>"
+    """How many claims hold, where there are several; then what does not hold, what is open, what holds, and notes."""
+    claims = [finding for finding in found if finding.verdict]
+    counted = paragraph(f"Of {len(claims)} claims {count(claims)}.") if len(claims) > 1 else ""
+    listed = "\n".join(map(_finding, sorted(found, key=lambda finding: MISSES_FIRST.index(finding.verdict))))
+    return f'{counted}\n<ul class="findings">\n{listed}\n</ul>'
 
 
 def _finding(finding: Finding) -> str:

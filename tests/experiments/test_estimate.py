@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from experiments.estimate import Estimate, at_edge, listed, notes, over_seeds, ratio_of_means, resampled
+from experiments.estimate import Estimate, Finding, at_edge, count, listed, notes, over_seeds, ratio_of_means, resampled
 
 
 def test_the_interval_of_a_mean_is_about_that_of_the_normal_distribution() -> None:
@@ -70,3 +70,10 @@ def test_intervals_cover_the_truth_as_often_as_they_say(seeds: int) -> None:
     found = [over_seeds(random.normal(size=seeds)) for _ in range(1000)]
     covered = np.mean([estimate.low < 0 < estimate.high for estimate in found])
     assert 0.92 < covered < 0.98
+
+
+def test_claims_are_counted() -> None:
+    found = [Finding("", verdict, "") for verdict in ("holds", "does not hold", "holds", None)]
+    assert count(found) == "2 hold, 1 does not hold"
+    assert count([Finding("", "cannot be judged", "")] * 2) == "2 cannot be judged"
+    assert count(found[3:]) == "no claim"

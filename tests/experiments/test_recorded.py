@@ -11,8 +11,7 @@ import pytest
 from experiments.catalogue import Experiment, chosen
 from experiments.description import FILE, OUTCOME
 from experiments.errors import UserError
-from experiments.estimate import Finding
-from experiments.recorded import FOLDER, count, duration, essential, figure_of, finished, recorded
+from experiments.recorded import FOLDER, duration, essential, figure_of, finished, recorded
 from tests.experiments.outcomes import FINDINGS, write
 
 NAME = "batch_size_invariance"
@@ -69,12 +68,6 @@ def test_damage_is_one_message(experiment: Experiment) -> None:
     (write(experiment) / OUTCOME).write_text("{")
     with pytest.raises(UserError, match="holds no finished study"):
         finished(experiment)
-
-
-def test_claims_are_counted() -> None:
-    assert count(FINDINGS) == "2 hold, 1 does not hold"
-    assert count([Finding("", "cannot be judged", "")] * 2) == "2 cannot be judged"
-    assert count(FINDINGS[3:]) == "no claim"
 
 
 def test_times_are_told_in_one_unit() -> None:

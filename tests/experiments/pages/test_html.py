@@ -37,6 +37,21 @@ def test_findings_with_and_without_a_verdict() -> None:
     assert [span["class"] for span in markup.attributes("span")] == ["cannot-be-judged"]
 
 
+def test_misses_come_before_what_holds_after_their_count() -> None:
+    found = [
+        Finding("A", "holds", "1."),
+        Finding("", None, "A note."),
+        Finding("B", "cannot be judged", "2."),
+        Finding("C", "does not hold", "3."),
+        Finding("D", "holds", "4."),
+    ]
+    told = Markup(html.findings(found)).text
+    assert told == (
+        "Of 4 claims 2 hold, 1 does not hold, 1 cannot be judged. "
+        "C: does not hold 3. B: cannot be judged 2. A: holds 1. D: holds 4. A note."
+    )
+
+
 def test_a_page_has_a_script_only_where_it_has_a_chart() -> None:
     def page(body: str) -> str:
         return html.page(title="A & B", introduction="", body=body, footer="end")

@@ -10,7 +10,6 @@ from experiments.pages.runs import Run
 from experiments.pages.title import named, title
 from tests.experiments.pages.synthetic import collected, write_run, write_sweep
 
-
 MANY = [
     *("train.epochs=1", "model.dropout=0", "seed=3", "data.split_seed=1", "hardware.threads=2", "optimizer.lr=1"),
     "train.batch_size=4",
