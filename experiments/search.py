@@ -111,7 +111,7 @@ def make_trials(
             except optuna.TrialPruned:
                 study.tell(trial, state=TrialState.PRUNED)
             except UserError as error:
-                # Some combinations cannot be, as groups that do not divide channels: they count as trials.
+                # Some combinations cannot be, as groups that do not divide channels: each counts as a trial, once.
                 trial.set_user_attr(REFUSED, str(error))
                 study.tell(trial, state=TrialState.FAIL)
                 console.print(

@@ -7,8 +7,10 @@ the trial that was running again, and after it those that it would have drawn.
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -132,21 +134,43 @@ def asked(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def ask(study: optuna.Study, search: SearchConfig, given: dict[str, Value]) -> optuna.Trial:
-    """The next trial, with its values drawn; the first is the configuration as it was given, if the space has it."""
+    """The next trial, with its values drawn; the first is the configuration as it was given, if the space has it.
+
+    Choices that were refused together are not tried again while there are others. The sampler, which learns nothing of
+    a refusal, would draw them for being unknown.
+    """
     index = len(asked(study))
-    study.sampler = optuna.samplers.TPESampler(
-        # Far apart, so that searches whose seeds are neighbours share no trial.
-        seed=1_000_003 * search.sampler_seed + index,
-        n_startup_trials=search.startup,
-    )
+    # Far apart, so that searches whose seeds are neighbours share no trial.
+    seed = 1_000_003 * search.sampler_seed + index
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=search.startup)
     space = {key: distribution(dimension) for key, dimension in search.space.items()}
     first = index == 0 and all(contains(space[key], value) for key, value in given.items())
     if first and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         study.enqueue_trial(given)
     trial = study.ask(space)
+    left = allowed(study, search)
+    if left and choices_of(trial, search) not in left:
+        study.tell(trial, state=TrialState.FAIL)
+        study.enqueue_trial(random.Random(seed).choice(left))
+        trial = study.ask(space)
     if first:
         trial.set_user_attr(GIVEN, True)
     return trial
+
+
+def allowed(study: optuna.Study, search: SearchConfig) -> list[dict[str, Value]]:
+    """What may be chosen together: all that was not refused."""
+    refused = [choices_of(trial, search) for trial in asked(study) if REFUSED in trial.user_attrs]
+    choices = {key: list(map(text, d.choices)) for key, d in search.space.items() if d.choices is not None}
+    combined: list[dict[str, Value]] = [
+        dict(zip(choices, chosen, strict=True)) for chosen in product(*choices.values())
+    ]
+    return [chosen for chosen in combined if chosen not in refused]
+
+
+def choices_of(trial: optuna.Trial | FrozenTrial, search: SearchConfig) -> dict[str, Value]:
+    """Its values that are not from a range."""
+    return {key: value for key, value in values_of(trial).items() if search.space[key].choices is not None}
 
 
 def values_of(trial: optuna.Trial | FrozenTrial) -> dict[str, Value]:

@@ -226,21 +226,41 @@ def test_finished_runs_are_recognised(tmp_path: Path) -> None:
     assert len(trainer.runs) == 4 - len(finished) and again[:3] == whole[:3]
 
 
-def test_a_refused_combination_counts_and_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_combination_is_not_tried_again_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     space = "+search.space={train.decay: {choices: [none, exponential]}, engine: {choices: [fused, vmap]}}"
     with mock.patch.object(search, "compose_overrides", compose_overrides):
         trials = searched(tmp_path, "engine=fused", space, "search.trials=8")
     states = {(trial.values["train.decay"], trial.state == "refused") for trial in trials}
     assert states == {("none", False), ("exponential", True)} and len(trials) == 8
-    assert {trial.values["engine"] for trial in trials} == {"fused", "vmap"}
-    assert "train.decay=exponential" in capsys.readouterr().out
+    choices = ("train.warmup_examples", "train.decay", "engine")  # lr is from a range
+    refused = [tuple(trial.values[key] for key in choices) for trial in trials if trial.state == "refused"]
+    assert len(set(refused)) == len(refused)
+    assert capsys.readouterr().out.count("is refused") == len(refused)
+
+
+class Refusing(Trainer):
+    def __call__(self, config: Config, directory: Path, notify: Notify) -> Record:
+        if config.train.warmup_examples == 0:
+            raise UserError("no run without a warm-up")
+        return super().__call__(config, directory, notify)
+
+
+def test_a_search_with_refusals_goes_on_as_if_it_had_not_been_stopped(tmp_path: Path) -> None:
+    whole = searched(tmp_path / "whole", "search.trials=8", trainer=Refusing())
+    assert [trial.values["train.warmup_examples"] for trial in whole].count("0") == 1 == len(of("refused", whole))
+    assert len(whole) == 8
+    for trials in (5, 8):
+        found = searched(tmp_path / "parts", f"search.trials={trials}", trainer=Refusing())
+        assert found == whole[:trials]
 
 
 def test_nothing_but_refusals_is_an_error(tmp_path: Path) -> None:
-    given = [*SMALL, "+search.space={model.groups: {choices: [3]}}", "model=convnet", "search.trials=2"]
+    given = [*SMALL, "+search.space={model.groups: {choices: [3]}}", "model=convnet", "search.trials=3"]
     with (
         mock.patch.object(search, "compose_overrides", compose_overrides),
-        pytest.raises(UserError, match=r"none of 2 trials .* model.groups=3 does not divide 16"),
+        pytest.raises(UserError, match=r"none of 3 trials .* model.groups=3 does not divide 16"),
     ):
         run_search(compose_config(given), tmp_path, given)
 
