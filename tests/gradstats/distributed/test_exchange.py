@@ -29,14 +29,14 @@ from tests.gradstats.distributed.replicas import (
 )
 
 
-def sent(statistics, hook=False, buckets=1):
+def sent(statistics, hook=False, buckets=1, dtype=torch.float64, every=1):
     """What a step sends: how many numbers every collective of ours has, and what the process groups were asked for."""
-    model, x, y = problem("mlp")
+    model, x, y = problem("mlp", dtype)
     ddp = DistributedDataParallel(model) if buckets == 1 else ddp_of(model)
     if hook:
         ddp.register_comm_hook(None, allreduce_hook)
     if statistics:
-        gradstats.attach(ddp, *statistics)
+        gradstats.attach(ddp, *statistics, every=every)
     sizes = []
 
     def step():
@@ -80,6 +80,18 @@ def test_beside_the_users_hook_all_sums_take_one(two):
     ((sizes, names), _) = two(sent, ("second_moment", "abs_mean"), True)
     assert names == ["c10d::allreduce_"] * 2
     assert sizes == [ELEMENTS, 2 * ELEMENTS + COUNTS]
+
+
+def test_sums_in_another_dtype_follow_the_gradients(two):
+    ((sizes, _), _) = two(sent, ("second_moment",), False, 1, torch.bfloat16)
+    assert sizes == [ELEMENTS, ELEMENTS + COUNTS]
+
+
+@pytest.mark.parametrize(("every", "sizes"), [(2, [ELEMENTS + COUNTS, ELEMENTS]), (3, [ELEMENTS + COUNTS])])
+def test_windows_without_statistics_send_counts_alone(two, every, sizes):
+    """What is looked at is the third window."""
+    ((found, _), _) = two(sent, ("second_moment",), False, 1, torch.float64, every)
+    assert found == sizes
 
 
 def test_without_statistics(two):
