@@ -14,7 +14,9 @@ import torch
 
 import gradstats
 from experiments import tune
+from experiments.capacity import step_memory
 from experiments.config import compose_config
+from experiments.data import load_data
 from experiments.schemas.optimizer import AdamConfig, BatchInvariantAdamConfig
 from experiments.tune_report import as_torch, regrets, settings
 from gradstats.optim import BatchInvariantAdam
@@ -88,7 +90,11 @@ def test_what_is_wrong_is_one_message(launched: Launch, overrides: list[str], me
 
 
 def test_where_nothing_larger_fits_regret_is_not_told(launched: Launch) -> None:
-    assert launched("tune.memory_gb=0.00028").code == 0
+    config = compose_config([override for override in TINY if not override.startswith("tune.")])
+    cpu = torch.device("cpu")
+    data = load_data(config.data, cpu)
+    fits, does_not = (step_memory(config, data, cpu, batch_size) for batch_size in (16, 32))
+    assert launched(f"tune.memory_gb={(fits + does_not) / 2e9}").code == 0
     text = Path("tuned/tuned.md").read_text()
     assert "Largest batch: B = 16." in text and "none above 16 fits" in text and "Expected regret" not in text
 

@@ -305,19 +305,21 @@ def curve(make, size):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "largest"),
     [
-        lambda ps: BatchInvariantAdam(ps, lr=0.01, batch_size=16),
-        lambda ps: BatchInvariantSGD(ps, lr=0.1, momentum=0.9, batch_size=16),
+        # The default estimator for R > B is the noisiest.
+        (lambda ps: BatchInvariantAdam(ps, lr=0.01, batch_size=16), 0.005),
+        (lambda ps: BatchInvariantAdam(ps, lr=0.01, batch_size=16, estimator="running_average"), 0.004),
+        (lambda ps: BatchInvariantSGD(ps, lr=0.1, momentum=0.9, batch_size=16), 0.004),
     ],
-    ids=["adam", "sgd"],
+    ids=["adam", "adam with the running average", "sgd"],
 )
-def test_the_learning_curve_does_not_notice(make):
+def test_the_learning_curve_does_not_notice(make, largest):
     """The score (mean of the standard deviations of ln loss) over constant and varying batch sizes is within 20% of
     that over constant ones."""
     constant, varying = ([curve(make, size) for size in sizes] for sizes in (CONSTANT, VARYING))
     scores = [torch.stack(curves).std(0).mean() for curves in (constant, constant + varying)]
     assert 0 < scores[1] < 1.2 * scores[0]
-    assert scores[0] < 0.004
+    assert scores[0] < largest
     fall = constant[0][0] - constant[0][-1]
-    assert fall > 100 * scores[0]
+    assert fall > 50 * largest
