@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,15 +72,6 @@ CURVES = {
 }
 
 
-def needs_statistics(name: str) -> Any:
-    """Those of several processes came with gradstats.distributed."""
-    missing = find_spec("gradstats.distributed") is None
-    return pytest.param(name, marks=pytest.mark.skipif(missing, reason="no gradstats.distributed"))
-
-
-CASES = [needs_statistics(name) if "ours" in name else name for name in CURVES]
-
-
 def check_curve(started: Ranks, overrides: list[str], folder: Path) -> None:
     """Dropout included: a mask belongs to the position in the stream of examples, whoever draws it."""
     first, *others = started(train_exactly, overrides, folder / "together")
@@ -92,7 +82,7 @@ def check_curve(started: Ranks, overrides: list[str], folder: Path) -> None:
     assert one == other
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CURVES])
 def test_two_processes_have_the_learning_curve_of_one(case: str, two: Ranks, tmp_path: Path) -> None:
     check_curve(two, [*SHORT, *CURVES[case]], tmp_path)
 
@@ -101,7 +91,7 @@ def trained(process: Process, overrides: list[str], directory: Path) -> Record:
     return train(compose_config(overrides), directory, process=process)
 
 
-@pytest.mark.parametrize("method", ["adam", needs_statistics("batch_invariant_adam_r1")])
+@pytest.mark.parametrize("method", ["adam", "batch_invariant_adam_r1"])
 def test_in_float32_they_differ_by_the_order_of_sums(method: str, two: Ranks, tmp_path: Path) -> None:
     overrides = [*SHORT, f"optimizer={method}", "train.batch_size=64"]
     first, second = two(trained, overrides, tmp_path / "together")
@@ -110,7 +100,7 @@ def test_in_float32_they_differ_by_the_order_of_sums(method: str, two: Ranks, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CURVES])
 def test_four_processes_have_the_learning_curve_of_one(case: str, four: Ranks, tmp_path: Path) -> None:
     check_curve(four, [*SHORT, *CURVES[case]], tmp_path)
 
