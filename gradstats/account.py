@@ -107,8 +107,14 @@ class Account:
         self._forget()
 
     @property
-    def parameter(self) -> nn.Parameter:
+    def tensor(self) -> nn.Parameter:
+        """What the layer computes with."""
         return self.holder[self.attribute]  # type: ignore[return-value]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What has the gradient, and is the optimizer's."""
+        return self.tensor
 
     @property
     def present(self) -> bool:
@@ -125,14 +131,14 @@ class Account:
 
     def shadow_of(self, kind: str) -> Tensor:
         """The shadow of a sum shaped like the parameter."""
-        p, dtype = self.parameter, SUMS[kind].dtype(self.parameter.dtype)
+        p, dtype = self.tensor, SUMS[kind].dtype(self.tensor.dtype)
         if not fits(self.shadows.get(kind), p, SUMS[kind]):
             self.shadows[kind] = shadow(tuple(p.shape), dtype, p.device)
         return self.shadows[kind]
 
     def ready_shadow_of(self, kind: str) -> Tensor:
         """The same while Dynamo traces, when it is too late to make one: `attach` does, and .to()."""
-        found, p = self.shadows.get(kind), self.parameter
+        found, p = self.shadows.get(kind), self.tensor
         if not fits(found, p, SUMS[kind]):
             raise CoverageError(
                 f"parameter '{self.name}' {tuple(p.shape)} was replaced by one of another shape or dtype since attach: "
@@ -142,11 +148,13 @@ class Account:
 
     def follow(self) -> None:
         """Hooks the parameter: it may have been replaced since the last use, or hooked by others after us."""
-        p = self.parameter
+        p = self.tensor
         if self._subject is not p or next(reversed(p._backward_hooks)) != self._hooks[0].id:  # type: ignore[arg-type]
             self._follow(p)
 
     def _follow(self, p: nn.Parameter) -> None:
+        if self._subject is not None:
+            self.handle.check_sharding()
         self.close()
         self._subject = p
         # Weak, since Python's collector does not see through this kind of hook: the model would never be freed.
@@ -162,7 +170,7 @@ class Account:
         for key, hook in others:
             del hooks[key]
             hooks[key] = hook
-        self.handle.register(p, self.name)
+        self.handle.register(self.parameter, self.name)
 
     # Backward
 
@@ -270,7 +278,7 @@ class Account:
 
     def _sizes(self, first: int) -> dict[int, int]:
         """By generation from `first` on, in order."""
-        sizes = self.handle.lifetime.sizes if self.handle.granularity == "example" else self.units
+        sizes = self.handle.lifetime.counts if self.handle.granularity == "example" else self.units
         return {generation: sizes[generation] for generation in sorted(sizes) if generation >= first}
 
     @property

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradstats.arguments import ExampleDims
 from gradstats.caller import LEAF
+from gradstats.distributed.sharded import is_sharded
 from gradstats.engines import ENGINES
 from gradstats.errors import GradstatsError, MissingStatistic
 from gradstats.handle import Handle, handle_of
@@ -110,6 +111,12 @@ def attach(
         raise GradstatsError(
             f"statistics_dtype={statistics_dtype} with engine={engine!r}: reduced precision is torch.bfloat16, which "
             f"has the range of float32, and for the matmuls of engine 'fused'"
+        )
+    if is_sharded(model) and (engine not in ("fused", "vmap") or grad_scaler is not None or follow_clipping):
+        raise GradstatsError(
+            "the model is sharded by fully_shard, where engines other than 'fused' and 'vmap', grad_scaler and "
+            "follow_clipping are not covered: train in bfloat16 (MixedPrecisionPolicy), and clip with the optimizer's "
+            "max_norm or stats.clip_grad_norm_"
         )
     own = torch.Generator().manual_seed(dist.get_rank() if dist.is_available() and dist.is_initialized() else 0)
     sampling = Sampling(every, fraction, generator or own)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from gradstats.distributed.local import whole
 from gradstats.errors import LifetimeError
 from gradstats.gradient import Left, fingerprint
 
@@ -40,7 +41,7 @@ def clip(handle: Handle, max_norm: float) -> Tensor:
     clip_grads_with_norm_(parameters.values(), max_norm, norm)
     for (_, gradient, left), factor in zip(found, factors, strict=True):
         left.multiplied(gradient, factor)
-    return norm
+    return whole(norm)
 
 
 def recognise(handle: Handle) -> None:

@@ -133,6 +133,8 @@ def outermost(
 
 def traceable(leaf: Leaf) -> type[Rule] | None:
     """The rule of a leaf whose calls go into the graph; those of other leaves break it."""
+    if leaf.handle.shards is not None:
+        return None
     once = all((account.uses or 1) == 1 for account in leaf.accounts.values())
     if leaf.rule is not None and issubclass(leaf.rule, Rule) and once and leaf.handle.granularity == "example":
         return leaf.rule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten
 
 from gradstats.arguments import Arguments
+from gradstats.distributed.lockstep import Lockstep
 from gradstats.errors import CoverageError, GradstatsError
 from gradstats.evidence import EXAMPLES, nudge
 from gradstats.findings import PACKED, Visit
@@ -58,7 +59,9 @@ class Forwards:
         self.shared: tuple[int, ...] = ()  # arguments that all examples share after all
         self.digested = 0  # examples of a forward of which only a number a row is kept
         self.nudged: int | None = None  # the example whose copy of what all share is changed
-        self.tracked = {id(a.parameter): a for a in handle.accounts.values() if a.trainable}
+        self.tracked: dict[int, Account] = {}  # by id of the tensor that a layer computes with
+        self._track()
+        self.lockstep = None if handle.shards is None else Lockstep(handle.shards, self._idle)
         self.count = self.examples = 0  # forwards, and examples in all of them
         self.uses: list[FunctionalUse] = []
         self.oddities: list[Oddity] = []
@@ -69,11 +72,20 @@ class Forwards:
 
     def run(self, rows: Sequence[int], replaced: tuple[int, str] | None = None) -> tuple[list[Visit], list[Tensor]]:
         """One forward: its visits, and the tensors that the module returns. Raises: CouldNotRun."""
+        if self.lockstep is not None:
+            self.lockstep.forward()
+        return self._run(rows, replaced)
+
+    def _idle(self) -> None:
+        """A forward for the sake of other ranks."""
+        self._run(range(EXAMPLES), None)
+
+    def _run(self, rows: Sequence[int], replaced: tuple[int, str] | None) -> tuple[list[Visit], list[Tensor]]:
         self._visits, self._callers, self._called = [], [], {self.module}
         self.count += 1
         self.examples += len(rows)
         args, kwargs = self.arguments.take(rows, replaced, self.shared)
-        with undisturbed(self.handle.model, self.seed), self._watching():
+        with self._resharded(), undisturbed(self.handle.model, self.seed), self._watching():
             output = self._forward(*args, **kwargs)
         outputs = [o for o in tree_leaves(output) if isinstance(o, Tensor)]
         self._find_hidden_uses(outputs)
@@ -88,8 +100,34 @@ class Forwards:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """Within a call, what others have put around the instance's forward is active already; to enter it again may
         not leave it as it was: Accelerate puts one autocast around it, which remembers one state."""
+        if self.handle.shards is not None and not self.within:  # whose parameters come with its hooks
+            return self.module(*args, **kwargs)
         forward = partial(type(self.module).forward, self.module) if self.within else self.module.forward
         return forward(*args, **kwargs)
+
+    @contextmanager
+    def _resharded(self) -> Iterator[None]:
+        """Whole parameters are gathered inside, and not kept: some are noisy there."""
+        shards = self.handle.shards
+        if shards is not None:
+            shards.reshard(but=self.under_way)
+        try:
+            yield
+        finally:
+            if shards is not None:
+                shards.reshard(but=self.under_way)
+
+    def gathered(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the module can be called although no forward is under way."""
+        return nullcontext() if self.lockstep is None else self.lockstep.gathered(module, self.under_way)
+
+    @property
+    def under_way(self) -> nn.Module | None:
+        """The module whose call this is, unless it comes ahead of one."""
+        return self.module if self.within else None
+
+    def _track(self) -> None:
+        self.tracked.update({id(a.tensor): a for a in self.handle.accounts.values() if a.trainable})
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
@@ -99,7 +137,9 @@ class Forwards:
         except GradstatsError:
             raise
         except Exception as error:
-            raise CouldNotRun(
+            # Ranks must run the same forwards, and FSDP does not recover from one that was cut short.
+            kind = CouldNotRun if self.handle.shards is None else CoverageError
+            raise kind(
                 f"the probe could not run {type(self.module).__name__} on a few examples of the batch "
                 f"({type(error).__name__}: {error}). If its arguments have the examples elsewhere than in the first "
                 f"dimension, say where: attach(model, example_dims=...). A state of the batch's size that is kept "
@@ -111,6 +151,8 @@ class Forwards:
     @contextmanager
     def calling(self, module: nn.Module) -> Iterator[None]:
         """Around the forward of a module that is no leaf."""
+        if self.handle.shards is not None:
+            self._track()
         self._callers.append(module)
         self._called.add(module)
         try:
@@ -120,6 +162,8 @@ class Forwards:
 
     def visit(self, leaf: Leaf, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
         """A leaf's call: the module's own forward, noted."""
+        if self.handle.shards is not None:
+            self._track()
         callers, serving = tuple(self._callers), self._serving
         call, inputs, key = None, [], None
         self._serving = leaf

@@ -7,6 +7,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from gradstats.distributed.local import local
 
 State = tuple[int, int]
 
@@ -38,12 +41,16 @@ class Left:
 
 def state_of(gradient: Tensor) -> State:
     """Address and version: a gradient that has both still was not changed by an operation of autograd's."""
+    if isinstance(gradient, DTensor):  # whose part here shares its version with those of other parameters
+        return local(gradient).data_ptr(), gradient._version
     values = gradient._values() if gradient.is_sparse else gradient
     return values.data_ptr(), gradient._version
 
 
 def values_of(gradient: Tensor) -> Tensor:
-    return gradient.detach()._values() if gradient.is_sparse else gradient.detach()
+    """Those that are here."""
+    values = local(gradient.detach())
+    return values._values() if values.is_sparse else values
 
 
 def untouched(gradient: Tensor | None, left: State | None) -> bool:

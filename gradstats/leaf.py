@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradstats.account import Account
 from gradstats.caller import LEAF
@@ -96,7 +96,7 @@ class Leaf:
         # torch.no_grad() does not: what it returns must be shaped like what the recomputation returns.
         if not torch.is_grad_enabled() and (torch._C._is_fwd_grad_enabled() or not self.handle.forwarding):
             return False
-        trainable = [a.parameter for a in self.accounts.values() if a.trainable]
+        trainable = [a.tensor for a in self.accounts.values() if a.trainable]
         return bool(trainable) and all(isinstance(p, nn.Parameter) for p in trainable)
 
     # Forward
@@ -111,12 +111,16 @@ class Leaf:
             with self.handle.outermost(self.module, args, kwargs):
                 return self.module.__dict__[LEAF](kind, args, kwargs)
         for name, account in self.tied:
-            if self.module.get_parameter(name) is not account.parameter:
+            if self.module.get_parameter(name) is not account.tensor:
                 raise CoverageError(
                     f"parameter '{name}' of {self.title} was shared with '{account.name}' when the model was attached "
                     f"and is not any more: detach(), and attach the model again"
                 )
         checked(self.prefix, fallback.check if self.rule is None else self.rule.check, self.module)
+        output = self._served(kind, args, kwargs, n)
+        return output if self.handle.shards is None else tree_map(no_view, output)
+
+    def _served(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any], n: int) -> Any:
         if n == 0 or not self.handle.lifetime.gathers:
             return self._plain(kind, args, kwargs, n)
         if self.rule is None:
@@ -195,7 +199,7 @@ class Leaf:
             layouts = tuple(self.unseen(x, n) if isinstance(x, Tensor) and x.dim() else None for x in call.flat)
         self._check_sizes(call.flat, layouts, n)
         expand = partial(self._apply, fallback.Expand, (n,), None, names={}, n=n)
-        expanded = {name: expand({name: a.parameter}) for name, a in self.accounts.items()}
+        expanded = {name: expand({name: a.tensor}) for name, a in self.accounts.items()}
         output = fallback.run(call, layouts, expanded, n, self.loops)
         if self.loops and not self.random:
             alone.check_loop(call, output)
@@ -210,7 +214,7 @@ class Leaf:
         output = kind.forward(self.module, *args, **kwargs)
 
         def reached(gradient: Tensor) -> None:
-            if will_accumulate(accounts[0].parameter):
+            if will_accumulate(accounts[0].tensor):
                 self.handle.lifetime.begin_plain(self.title, accounts, n, generation)
 
         for o in [output] if isinstance(output, Tensor) else tree_leaves(output):
@@ -298,6 +302,11 @@ class Leaf:
         for name, use in used.items():
             own = {kind: value for (owner, kind), value in sums.items() if owner == name}
             use.account.record(generation, gradients.get(name), use.uses.units if use.collects else 0, own)
+
+
+def no_view(value: Any) -> Any:
+    """What may be changed in place after FSDP has put its hook on it, which a view would lose."""
+    return value.clone() if isinstance(value, Tensor) and value.requires_grad and value._base is not None else value
 
 
 def will_accumulate(p: Tensor) -> bool:

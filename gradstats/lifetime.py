@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.autograd.variable import Variable
 
 from gradstats.account import Uses
+from gradstats.distributed.rows import join_rows
 from gradstats.errors import CoverageError, LifetimeError
 from gradstats.sampling import Sampling, Turns, tell_of_steps
 
 if TYPE_CHECKING:
     from gradstats.account import Account
     from gradstats.distributed.counts import Counts
+    from gradstats.distributed.sharded import Sizes
     from gradstats.engines.fused import FusedHandle
     from gradstats.function import Use
 
@@ -31,11 +33,12 @@ class Lifetime:
     """The current window of one attached model, and what is under way."""
 
     def __init__(self, handle: FusedHandle, accounts: list[Account], sampling: Sampling):
-        self.handle, self.accounts, self.sampling = handle, accounts, sampling
+        self.handle, self.shards, self.accounts, self.sampling = handle, handle.shards, accounts, sampling
         self.turns = Turns(sampling.every)
         if sampling.every > 1:
             tell_of_steps(self)
         self.sizes: dict[int, int] = {}  # generation -> examples backpropagated, in this window
+        self.of_ranks: dict[int, Sizes] = {}  # the same of every rank, where the model is sharded
         self.plain: set[int] = set()  # those of these generations that were not gathered
         self.elsewhere = 0  # examples of other ranks in this window
         self.told = 0  # the first generation that other ranks have not been told of
@@ -43,6 +46,7 @@ class Lifetime:
         self.generation = 0
         self.first_open = 0  # the first generation after the last backward pass
         self.backward_passes = 0
+        self.cut_short = False  # a backward pass of a sharded model, by an exception
         self.started = False  # a leaf has been reached in the backward pass under way
         self.current = 0  # the generation that it is going through
         self._gathers = True  # whether it gathers
@@ -93,6 +97,7 @@ class Lifetime:
             return self.current if self.started else self.generation
         if self._tasks:  # a backward pass was cut short by an exception
             self._close()
+            self.cut_short = self.shards is not None
         return self.generation
 
     @property
@@ -135,6 +140,11 @@ class Lifetime:
     def _open(self) -> dict[Account, tuple[Uses, Tensor | None]]:
         return self._recomputed if in_backward() else self._uses
 
+    @property
+    def counts(self) -> dict[int, int]:
+        """Examples backpropagated in this window, by generation; over all ranks."""
+        return self.sizes if self.shards is None else {g: sizes.total for g, sizes in self.of_ranks.items()}
+
     def new_examples(self) -> None:
         """Forwards from here on have a generation of their own."""
         self.generation += 1
@@ -143,6 +153,11 @@ class Lifetime:
 
     def _reach(self, title: str, accounts: Sequence[Account], n: int, generation: int, gathers: bool) -> None:
         """A leaf's call is reached, before gradients are accumulated."""
+        if self.cut_short:
+            raise LifetimeError(
+                "the last backward pass was cut short by an exception, and FSDP keeps the gradients that it had not "
+                "reduced, which zero_grad() does not reach: make the model anew, and load a checkpoint"
+            )
         self._watch()
         if not self.started:
             self.started = True
@@ -157,6 +172,8 @@ class Lifetime:
         self.current, self._gathers = generation, gathers
         if not gathers:
             self.plain.add(generation)
+        if self.shards is not None and generation not in self.sizes:
+            self.of_ranks[generation] = self.shards.sizes(n)
         size = self.sizes.setdefault(generation, n)
         if size != n:
             raise CoverageError(
@@ -211,6 +228,7 @@ class Lifetime:
     def zero(self) -> None:
         """A new window begins."""
         self.sizes.clear()
+        self.of_ranks.clear()
         self.plain.clear()
         self.elsewhere = 0
         for account in self.accounts:
@@ -230,6 +248,8 @@ class Lifetime:
         self._tasks.discard(task)
         self._ended.add(task)
         if not self._tasks:
+            if self.shards is not None and self.started:
+                join_rows(self.shards, self.accounts, self.of_ranks)
             self._close()
             if self.handle.exchange is not None:
                 self.handle.exchange.ended()

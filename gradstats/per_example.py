@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradstats.arguments import Arguments, ExampleDims
 from gradstats.compute import LossFunction
+from gradstats.distributed.sharded import is_sharded
 from gradstats.errors import CoverageError, GradstatsError
 from gradstats.handle import LOSS_REDUCTIONS
 from gradstats.layout import FIRST, Layout
@@ -37,6 +38,8 @@ def per_example_gradients(
     """
     if loss_reduction not in LOSS_REDUCTIONS:
         raise GradstatsError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, not {loss_reduction!r}")
+    if is_sharded(model):
+        raise GradstatsError("torch.func does not see sharded parameters: call this before fully_shard")
     fallback.check(model)
     args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
     arguments = Arguments(args, kwargs, example_dims)

@@ -177,7 +177,7 @@ class Probe:
 
     def _move_for(self, use: FunctionalUse) -> None:
         """The innermost caller that contains the parameter's module takes over."""
-        holders = {m for m in self.inside if any(p is use.account.parameter for p in m._parameters.values())}
+        holders = {m for m in self.inside if any(p is use.account.tensor for p in m._parameters.values())}
         for module in reversed(use.callers):
             if module in self.inside and holders <= set(module.modules()):
                 self._adopt(module, f"parameter '{use.account.name}' is used by {use.function} outside of its layer")
@@ -222,7 +222,7 @@ class Probe:
         """A vmap leaf does what its module does, under vmap or, where that fails, in a loop."""
         layouts = leaf.layouts[call.key]
         try:
-            with self.handle.probed_by(self.forwards):
+            with self.forwards.gathered(leaf.module), self.handle.probed_by(self.forwards):
                 try:
                     leaf.random = alone.compare(call, layouts, n, leaf.loops, gradient)
                 except fallback.DoesNotVmap as error:

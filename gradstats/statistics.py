@@ -90,7 +90,7 @@ class SimpleNoiseScale(Statistic):
 
     def read(self, window: Window) -> NoiseEstimate:
         mean_of_squares = window.sums["squared_norms"].sum() * (window.scale**2 / window.batch_size)
-        return estimate(window.mean.square().sum(), mean_of_squares, window.batch_size)
+        return estimate(window.squared_mean, mean_of_squares, window.batch_size)
 
     def total(self, windows: Sequence[Window]) -> NoiseEstimate:
         parts = [self.read(window) for window in windows]

@@ -18,6 +18,7 @@ from gradstats.caller import LEAF
 from gradstats.choice import unmeasured
 from gradstats.compute import LossFunction, call, compute, refuse_losses
 from gradstats.definitions import comparable, define
+from gradstats.distributed.sharded import is_sharded
 from gradstats.errors import GradstatsError, VerificationError
 from gradstats.matmul import ROUNDING
 from gradstats.statistics import Wanted, statistic_of
@@ -97,6 +98,8 @@ def verify(
     """
     if any(LEAF in module.__dict__ for module in model.modules()):
         raise GradstatsError("verify attaches a copy of its own: detach() the model first, or verify before attach")
+    if is_sharded(model):
+        raise GradstatsError("verify copies the model, which fully_shard forbids: verify it before fully_shard")
     if granularity == "token":
         raise GradstatsError("verify has no oracle for single positions: choose 'example' or 'microbatch'")
     refuse_losses(engine)

@@ -15,6 +15,8 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from gradstats.distributed.local import local
+
 
 class FunctionalUses(TorchFunctionMode):
     """Tells `found` of every call of torch that consumes a parameter and makes something differentiable of it.
@@ -60,7 +62,8 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     where they go.
     """
     devices = {p.device for p in model.parameters() if p.is_cuda}
-    alike = [p.data for p in model.parameters() if p.numel() > 1 and bool((p.data == p.data.flatten()[0]).all())]
+    here = [local(p.data) for p in model.parameters()]
+    alike = [p for p in here if p.numel() > 1 and bool((p == p.flatten()[0]).all())]
     state, kept = random.getstate(), [State(module) for module in model.modules()]
     numpy = sys.modules.get("numpy")  # which models may draw from, and we do not need
     drawn = numpy.random.get_state() if numpy else None

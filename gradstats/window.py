@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from gradstats.distributed.local import local, total
 from gradstats.errors import GradstatsError
 from gradstats.sums import RawSum, wide
 
@@ -61,6 +62,12 @@ class Window(NamedTuple):
                 "the mean gradient is needed, but p.grad is None: read this statistic before zero_grad()"
             )
         return wide(self.gradient.to_dense()) * self.mean_scale
+
+    @property
+    def squared_mean(self) -> Tensor:
+        """|m|^2 (). Of a sharded parameter, all ranks must ask."""
+        m = self.mean
+        return total(local(m).square().sum(), m)
 
 
 class Statistic(ABC):

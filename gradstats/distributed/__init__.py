@@ -14,6 +14,9 @@ over rank r's; for a mean over tokens, W/T times the sum over rank r's, T the to
 
 Raw sums go with the gradients, in the all-reduce of DDP's own buckets (exchange.py). Reading never communicates, so
 that one rank alone may read.
+
+For parameters that ranks share out among them (fully_shard, FSDP2) see sharded.py: the same loss and the same B, and
+sums go where FSDP puts the gradients.
 """
 
 from gradstats.distributed.exchange import Exchange, active

@@ -11,7 +11,6 @@ so that leaves of such a model hand their sums over as they return them.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 from itertools import count
@@ -26,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradstats.distributed.counts import Counts
 from gradstats.distributed.gathering import Item, gathered
 from gradstats.distributed.parcel import Parcel, packed
+from gradstats.distributed.unequal import warn_unequal
 from gradstats.errors import GradstatsError, LifetimeError
 from gradstats.sums import SUMS, accumulation_dtype
 
@@ -211,13 +211,7 @@ class Exchange:
         if self._warned or handle.loss_reduction != "mean" or len(set(counts.examples)) == 1:
             return
         self._warned = True
-        warnings.warn(
-            f"the ranks of DistributedDataParallel backpropagated {', '.join(map(str, counts.examples))} examples, and "
-            f"it averages ranks, not examples: gradient and statistics are those of a mean in which an example of a "
-            f"smaller batch weighs more, unless rank r multiplies the mean loss over its B_r examples by W B_r / B, "
-            f"with W = {self.ranks} ranks and B = {sum(counts.examples)} (the sum of losses over B_r by W / B)",
-            stacklevel=2,
-        )
+        warn_unequal("DistributedDataParallel", counts.examples)
 
 
 def average(exchange: Exchange, bucket):

@@ -7,7 +7,8 @@ boundary of a leaf up where a parameter is used outside of its module. Vmap: the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from gradstats.account import Account
 from gradstats.arguments import Arguments, ExampleDims, count_examples, signature
 from gradstats.caller import LEAF, Caller
 from gradstats.coverage import ignored, table
+from gradstats.distributed.account import ShardedAccount
 from gradstats.distributed.counts import Counts
 from gradstats.distributed.exchange import enlist
+from gradstats.distributed.sharded import check, refuse_late, refuse_nested, shards_of
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.gradient import Left
@@ -34,6 +37,7 @@ from gradstats.rules import Composite, Rule, fallback, find
 from gradstats.rules.registry import checked, refuse_coupling
 from gradstats.sampling import Sampling, Turns
 from gradstats.statistics import Wanted
+from gradstats.sums import SUMS
 from gradstats.swap import swap, unswap
 
 
@@ -64,6 +68,9 @@ class FusedHandle(Handle):
         self.probe_cost: tuple[float, ...] = (0, 0, 0, 0.0)  # probes, forwards, examples in all of them, seconds
         self.batch_norms: list[nn.Module] = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self.ignored = ignored(model, ignore)
+        self.shards = shards_of(model, loss_reduction)
+        if self.shards is not None:
+            check(granularity, [SUMS[need] for need in self.needs])
         if any(LEAF in module.__dict__ for module in model.modules()):
             raise GradstatsError("the model is attached already: use gradstats.attached(model), or detach() it first")
         try:
@@ -136,17 +143,35 @@ class FusedHandle(Handle):
             self._probe(kind, args, kwargs, within=True)
 
     def _probe(self, kind: Any, args: tuple, kwargs: dict[str, Any], within: bool = False) -> None:
+        self.check_sharding()
         arguments = Arguments(args, kwargs, self.example_dims)
         ours = all(isinstance(p, nn.Parameter) for p in self.parameters().values())  # not under functional_call
         if arguments.count is None or not ours:
             return
         calls = self.due.get(kind, 1)
         probe = Probe(self, kind[0], arguments, calls - 1, within)
-        with torch.compiler.set_stance("force_eager"):  # a part that is compiled by itself would not be seen
+        # A part that is compiled by itself would not be seen.
+        with torch.compiler.set_stance("force_eager"), self._together(probe):
             probe.establish()
         self.due[kind] = 2 * calls
         more = (1, probe.forwards.count, probe.forwards.examples, probe.seconds)
         self.probe_cost = tuple(a + b for a, b in zip(self.probe_cost, more, strict=True))
+
+    def check_sharding(self) -> None:
+        """Raises: CoverageError for a model that was sharded after it was attached."""
+        if self.shards is None:
+            refuse_late(self.model)
+
+    def _together(self, probe: Probe) -> AbstractContextManager[None]:
+        """With the probes of other ranks, where there are."""
+        lockstep = probe.forwards.lockstep
+        if lockstep is None:
+            return nullcontext()
+
+        def found() -> str:
+            return "; ".join(f"{leaf.title}: {leaf.served_by}" for leaf in self.leaves)
+
+        return lockstep.around(found)
 
     def probe(self, *args: Any, **kwargs: Any) -> None:
         """Runs the probe on the arguments of one call of the model, ahead of the first step: before torch.compile, or
@@ -190,6 +215,8 @@ class FusedHandle(Handle):
 
     def _add(self, module: nn.Module, prefix: str, rule: type[Rule] | type[Composite] | None, why: str) -> None:
         checked(prefix, fallback.check if rule is None else rule.check, module)
+        if rule is None and self.shards is not None:
+            checked(prefix, refuse_nested, module)
         accounts = {}
         for name, p in module.named_parameters(recurse=rule is None):
             if not self._ignores(p):
@@ -207,10 +234,11 @@ class FusedHandle(Handle):
         if p.is_complex():
             raise CoverageError(f"parameter '{full}' is complex: rules and squares are for real parameters")
         for account in self.accounts.values():
-            if account.parameter is p:
+            if account.tensor is p:
                 return account
         path, _, attribute = name.rpartition(".")
-        self.accounts[full] = Account(self, module.get_submodule(path), attribute, full)
+        kind = Account if self.shards is None else partial(ShardedAccount, shards=self.shards)
+        self.accounts[full] = kind(self, module.get_submodule(path), attribute, full)
         return self.accounts[full]
 
     def _add_callers(self) -> None:
@@ -251,6 +279,8 @@ class FusedHandle(Handle):
         return self.additive if self.exchange is None else ()
 
     def averaged(self, name: str) -> float:
+        if self.shards is not None:
+            return self.shards.divisor
         totals = self.accounts[name].totals
         return 1 if totals is None else totals.ranks
 
@@ -283,7 +313,7 @@ class FusedHandle(Handle):
 
     def parameter(self, name: str) -> nn.Parameter | None:
         account = self.accounts.get(name)
-        return None if account is None else account.holder.get(account.attribute)
+        return account.parameter if account is not None and account.present else None
 
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         account, found = self.accounts[name], {}
@@ -327,7 +357,7 @@ class FusedHandle(Handle):
 
     @property
     def batch_size(self) -> int:
-        return sum(self.lifetime.sizes.values()) + self.lifetime.elsewhere
+        return sum(self.lifetime.counts.values()) + self.lifetime.elsewhere
 
     def coverage(self) -> str:
         rows, seen = [], set()

@@ -172,6 +172,7 @@ def noise(part: Part) -> Tensor:
     k = part.scalars
     mean_squared = torch.stack(wide_norms(part.columns["gradient"])).double().square().sum()
     sums = torch.stack([s.sum(dtype=torch.float64) for s in part.columns["sum_of_squares"]]).sum()
+    mean_squared, sums = part.total(torch.stack([mean_squared, sums]))
     return torch.stack(
         estimate(k["mean_scale"] ** 2 * mean_squared, k["second_moment_scale"] * sums, part.age.batch_size)
     ).cpu()

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from gradstats.errors import GradstatsError
 from gradstats.optim.bound import clip_factors
 from gradstats.optim.elementwise import WORTH_COMPILING, compiler, run
-from gradstats.optim.found import find
+from gradstats.optim.found import allocate, find, state_of
 from gradstats.optim.options import Check, check_options
 from gradstats.optim.parts import Age, Part, parts_of
-from gradstats.optim.saved import check_saved, restore
+from gradstats.optim.saved import check_saved, restore, with_held
 from gradstats.optim.update import Update
 
 
@@ -238,13 +238,28 @@ class ExampleOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
+    def allocate(self, batch_size: int) -> None:
+        """Makes the state that batches of this size need, as they would: for torch.distributed.checkpoint, which loads
+        only into what is there. Averages at batches smaller than R keep more than at others."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    state = state_of(self, p, group)
+                    allocate(p, state, self.update(group, batch_size, state))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; each group says what the state of its parameters holds."""
+        return with_held(super().state_dict())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but the averages keep their own dtype: torch would cast float32 moments to a bfloat16
-        parameter's. Raises: GradstatsError for the state of another kind of optimizer, or of other parameters."""
+        parameter's. Raises: GradstatsError for the state of another kind of optimizer, or of other parameters, or for
+        a part of a state."""
         loaded: dict[str, Any] = {}
 
         def last(_: Optimizer, state: dict[str, Any]) -> None:
             """What torch loads, once the user's own hooks have changed it."""
+            state["param_groups"] = [dict(group) for group in state["param_groups"]]
             check_saved(self, state)
             loaded.update(state)
 

@@ -14,13 +14,14 @@ from gradstats.sums import accumulation_dtype
 def clip_factors(parts: Iterable[Part], bounds: Iterable[float]) -> dict[float | None, Tensor]:
     """min(1, max_norm / norm) for every max_norm in use, float64 (); the norm is Euclidean, of what every update names
     (`Update.bounded`), over all parameters of a step."""
-    norms: list[Tensor] = []
+    squares: list[Tensor] = []
     for part in parts:
         name, scale = "gradient", abs(part.scalars["mean_scale"])
         if part.update.bounded is not None:
             name, scale = part.update.bounded, part.scalars.get("bounded_scale", 1.0)
-        norms += [norm * scale for norm in wide_norms(part.columns[name])]
-    norm = torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).norm()
+        norms = torch.stack([norm.double() * scale for norm in wide_norms(part.columns[name])])
+        squares.append(part.total(norms.square().sum()))
+    norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
     return {bound: (bound / norm).clamp(max=1.0) for bound in bounds}
 
 

@@ -44,10 +44,7 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
         for p in group["params"]:
             if p.grad is None:
                 continue
-            state = optimizer.state[p]
-            if not state:
-                state["step"] = torch.tensor(0)  # on the CPU, since it decides scalars of the step
-                allocate(p, state, optimizer.update(group, math.inf, state))  # what every batch needs
+            state = state_of(optimizer, p, group)
             name = None if handle is None else handle.registered(p)
             if name is None:  # the last one's handle is faster to ask
                 handle, name = owner(p)
@@ -63,6 +60,15 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
                 check_size(handle, name, window, sizes.setdefault(handle, window.batch_size))
             found.append(Found(index, p, state, window))
     return found + without_statistics(optimizer, alone, found, batch_size)
+
+
+def state_of(optimizer: ExampleOptimizer, p: Tensor, group: dict[str, Any]) -> State:
+    """The state of a parameter, with what every batch needs."""
+    state = optimizer.state[p]
+    if not state:
+        state["step"] = torch.tensor(0)  # on the CPU, since it decides scalars of the step
+        allocate(p, state, optimizer.update(group, math.inf, state))
+    return state
 
 
 def owner(p: Tensor) -> tuple[Handle | None, str | None]:

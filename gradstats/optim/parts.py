@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from gradstats.distributed.local import local, total
 from gradstats.errors import GradstatsError
 from gradstats.optim.elementwise import Columns, Row
 from gradstats.optim.found import Found, State, allocate
@@ -60,6 +62,12 @@ class Part:
     windows: list[Window] = field(default_factory=list)
     states: list[State] = field(default_factory=list)
     columns: Columns = field(default_factory=dict)  # "parameter", "gradient", raw sums and buffers, in one order
+    one: Tensor | None = None  # of the parameters
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums over all elements from those over the columns', which are this rank's where parameters are sharded."""
+        assert self.one is not None
+        return total(sums, self.one)
 
     def grow_older(self) -> None:
         """After the step, every state has seen the batch."""
@@ -125,13 +133,13 @@ def parts_of(optimizer: ExampleOptimizer, found: Sequence[Found], loss_scale: fl
             ages = tuple([(name, int(state[f"{name}_step"]) + growth(name, b, waiting)) for name in plan.younger])
         numbers = tuple([float(state[name]) for name in plan.numbers]) if plan.numbers else ()
         units = window.loss_reduction, window.factor, window.loss_scale, window.gradient_scale, window.ranks
-        key = (before, waiting, ages, numbers, units, p.device)
+        key = (before, waiting, ages, numbers, units, p.device, p.device_mesh if isinstance(p, DTensor) else None)
         of_part = parts.get(key)
         if of_part is None:
             age = Age(b, before + b, ages, waiting, plan.waits)
             scalars = common_scalars(group, age, plan.update, window, loss_scale)
             scalars |= optimizer.scalars(group, age, plan.update)
-            of_part = parts[key] = Part(group, age, plan.update, scalars), []
+            of_part = parts[key] = Part(group, age, plan.update, scalars, one=p), []
         part, rows = of_part
         part.windows.append(window)
         part.states.append(state)
@@ -145,7 +153,7 @@ def parts_of(optimizer: ExampleOptimizer, found: Sequence[Found], loss_scale: fl
 
 
 def row_of(p: Tensor, state: State, window: Window, plan: Plan) -> Row:
-    """A parameter, its gradient, raw sums and buffers."""
+    """A parameter, its gradient, raw sums and buffers; of a sharded one, what is here."""
     gradient = p.grad
     assert gradient is not None
     row = [p, gradient.to_dense() if gradient.is_sparse else gradient]
@@ -157,7 +165,7 @@ def row_of(p: Tensor, state: State, window: Window, plan: Plan) -> Row:
             allocate(p, state, plan.update)
             buffer = state[name]
         row.append(buffer)
-    return row
+    return [local(t) for t in row]
 
 
 def update_of(optimizer: ExampleOptimizer, group: Mapping[str, Any], state: State, window: Window) -> Update:

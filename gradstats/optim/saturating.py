@@ -118,11 +118,11 @@ def noise(part: Part) -> tuple[Tensor, Tensor]:
 
     def dot(a: str, b: str) -> Tensor:
         pairs = zip(columns[a], columns[b], strict=True)
-        return torch.stack([torch.dot(x.reshape(-1).to(dtype), y.reshape(-1).to(dtype)) for x, y in pairs])
+        return part.total(torch.stack([torch.dot(x.reshape(-1).to(dtype), y.reshape(-1).to(dtype)) for x, y in pairs]))
 
     scale, l2 = k["mean_scale"], k["l2"] if part.update.coupled else 0.0
     product = scale**2 * dot("gradient", "gradient")
-    q = k["second_moment_scale"] * torch.stack([sums.sum() for sums in columns["sum_of_squares"]])
+    q = k["second_moment_scale"] * part.total(torch.stack([sums.sum() for sums in columns["sum_of_squares"]]))
     if l2:
         pull = l2 * (2 * scale * dot("gradient", "parameter") + l2 * dot("parameter", "parameter"))
         product, q = product + pull, q + pull

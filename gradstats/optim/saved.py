@@ -14,13 +14,35 @@ if TYPE_CHECKING:
     from gradstats.optim.base import ExampleOptimizer
 
 
+# In a saved group: what the state of its parameters holds, by name. Distributed checkpointing loads only what the state
+# holds already, and says nothing of the rest.
+HELD = "held"
+
+
+def with_held(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state with the names of what it holds."""
+    groups = [group | {HELD: names_of(saved, group)} for group in saved["param_groups"]]
+    return saved | {"param_groups": groups}
+
+
+def names_of(saved: dict[str, Any], group: dict[str, Any]) -> str:
+    return " ".join(sorted({name for i in group["params"] for name in saved["state"].get(i, {})}))
+
+
 def check_saved(optimizer: ExampleOptimizer, saved: dict[str, Any]) -> None:
-    """Raises: GradstatsError for the state of another kind of optimizer, or of other parameters."""
+    """Raises: GradstatsError for the state of another kind of optimizer, or of other parameters, or a part of one."""
     if any("batch_size" not in group for group in saved["param_groups"]):
         raise GradstatsError(
             "this state is of an optimizer that does not count examples: load it into one of its own kind, and "
             "convert that, gradstats.optim.from_torch(optimizer, batch_size)"
         )
+    for group in saved["param_groups"]:
+        if missing := sorted({*group.pop(HELD, "").split()} - {*names_of(saved, group).split()}):
+            raise GradstatsError(
+                f"the state that was saved holds {missing} too, and was loaded without: torch.distributed.checkpoint "
+                f"leaves out what an optimizer does not hold yet. Before the state to load into is made, call "
+                f"optimizer.allocate(batch_size=...) with the batch size of the training, or take a step of it"
+            )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in zip(saved_ids(saved), parameters, strict=False):
         for key, value in saved["state"].get(i, {}).items():
