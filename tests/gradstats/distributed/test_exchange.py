@@ -241,6 +241,21 @@ def test_join_with_norms_is_refused(two):
     two(joined_with_norms)
 
 
+def wrapped_again():
+    model, x, y = problem()
+    stats = gradstats.attach(model, *FEW)
+    expected = of_one_process("mlp")
+    for _ in range(2):
+        ddp = ddp_of(model)
+        ddp.zero_grad()
+        loss_of(ddp(share(x[:8])), share(y[:8])).backward()
+        check_equal(read(stats, FEW), {key: value for key, value in expected.items() if key[0] in (*FEW, "batch_size")})
+
+
+def test_wrapped_in_another(two):
+    two(wrapped_again)
+
+
 def copied():
     model, x, y = problem()
     ddp = ddp_of(model)
