@@ -218,7 +218,7 @@ class Handle(Readable):
         exchange = exchange_of(ddp)
         exchange.adopt()
         exchange.expect(ddp)
-        return exchange
+        return self.exchange  # that of another DDP, or none, for a model that merely runs inside of this one
 
     def unsent(self, name: str, kind: str) -> Tensor | None:
         """A raw sum over what other ranks have not been told of yet, None if there is none. Engines that work with
