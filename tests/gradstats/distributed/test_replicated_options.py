@@ -206,6 +206,27 @@ def test_a_micro_batch_that_was_not_averaged(two):
     two(unshared)
 
 
+def dropped(engine):
+    """A backward pass under no_sync whose gradient is zeroed before it was averaged."""
+    model, x, y = problem()
+    ddp = ddp_of(model)
+    stats = gradstats.attach(ddp, *FEW[:2], engine=engine)
+    alone, *_ = problem()
+    expected = gradstats.attach(alone, *FEW[:2], engine=engine)
+    with ddp.no_sync():
+        loss_of(ddp(share(x[8:16])), share(y[8:16])).backward()
+    ddp.zero_grad()
+    loss_of(ddp(share(x[:8])), share(y[:8])).backward()
+    for rows in (range(4), range(4, 8)) if engine == "microbatch" else (range(8),):
+        (loss_of(alone(x[list(rows)]), y[list(rows)]) * len(rows) / 8).backward()
+    check_equal(read(stats, FEW[:2]), read(expected, FEW[:2]))
+
+
+@pytest.mark.parametrize("engine", ["fused", "microbatch"])
+def test_what_was_zeroed_is_not_sent(two, engine):
+    two(dropped, engine)
+
+
 def unequal_microbatches():
     model, x, y = problem()
     ddp = ddp_of(model)
