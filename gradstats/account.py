@@ -117,6 +117,11 @@ class Account:
         return self.tensor
 
     @property
+    def current(self) -> nn.Parameter | None:
+        """The same; None where the module has no such parameter any more."""
+        return self.holder.get(self.attribute)
+
+    @property
     def present(self) -> bool:
         """Whether the module still has the parameter: parametrizing takes it away."""
         return self.holder.get(self.attribute) is not None
@@ -269,16 +274,22 @@ class Account:
     @property
     def batch_size(self) -> int:
         """Examples in this window, or what else is counted as one."""
-        return sum(self._sizes(self.first).values()) + self.elsewhere
+        sizes = self._counts
+        return sum([size for generation, size in sizes.items() if generation >= self.first]) + self.elsewhere
 
     @property
     def unsent_count(self) -> int:
         """Those of this process that other ranks have not been told of."""
         return sum(self._sizes(max(self.first, self.told)).values())
 
+    @property
+    def _counts(self) -> dict[int, int]:
+        """What is counted as one, by generation."""
+        return self.handle.lifetime.counts if self.handle.granularity == "example" else self.units
+
     def _sizes(self, first: int) -> dict[int, int]:
         """By generation from `first` on, in order."""
-        sizes = self.handle.lifetime.counts if self.handle.granularity == "example" else self.units
+        sizes = self._counts
         return {generation: sizes[generation] for generation in sorted(sizes) if generation >= first}
 
     @property
@@ -309,11 +320,12 @@ class Account:
 
     def unsent(self, kind: str) -> Tensor | None:
         """The same over what other ranks have not been told of: of one process, all."""
-        raw, steps, s = SUMS[kind], self.steps.get(kind), self.shadows.get(kind)
-        found = raw.accumulate(steps, self._sizes(max(self.first, self.told))) if steps else None
-        if s is None or s.grad is None:
-            return found
-        return s.grad if found is None else raw.merge(s.grad, found)
+        steps, s = self.steps.get(kind), self.shadows.get(kind)
+        accumulated = None if s is None else s.grad
+        if not steps:
+            return accumulated
+        found = SUMS[kind].accumulate(steps, self._sizes(max(self.first, self.told)))
+        return found if accumulated is None else SUMS[kind].merge(accumulated, found)
 
     def receive(self, ranks: int, elsewhere: int, found: dict[str, Tensor], generation: int) -> None:
         """p.grad is the average of all ranks, and these are the sums over all of them of what was not told before, up

@@ -320,9 +320,11 @@ class Handle(Readable):
 
         def window(name: str, parameter: Tensor) -> Window:
             sums, size = self.sums(name, needs)
-            factor = self.factor(name, parameter) if multiplied else 1.0
+            left, factor = self.left(name), 1.0
+            if multiplied and left is not None and (self.follows_clipping or left.factor != 1.0):
+                factor = self.factor(name, parameter)
             gradient = parameter.grad if needs_gradient else None
-            if gradient is not None and not ((left := self.left(name)) is not None and left.fits(gradient)):
+            if gradient is not None and (left is None or not left.fits(gradient)):
                 raise LifetimeError(
                     f"the gradient of '{name}' was changed in place after the backward pass (clipping, unscaling), so "
                     f"it no longer fits the squares. Clip with the optimizer's max_norm or "
@@ -343,8 +345,9 @@ class Handle(Readable):
         """Whether all gradients were zeroed in place since the last backward pass, so that there is no batch. Waits for
         the device if they were changed."""
         noted = False
-        for name, p in self.parameters().items():
-            if p.grad is not None and self.has(name):
+        for name in self._names.values():
+            p = self.parameter(name)
+            if p is not None and p.grad is not None and self.has(name):
                 noted, left = True, self.left(name)
                 if left is None or not fresh(p.grad, left.known):
                     return False

@@ -12,10 +12,11 @@ from functools import reduce
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradstats.errors import GradstatsError, LifetimeError
 
+ADDRESSABLE = (Tensor, nn.Parameter)
 # The gradient, and sums by name.
 Reduction = tuple[Tensor, dict[str, Tensor]]
 
@@ -36,9 +37,9 @@ def wide(x: Tensor) -> Tensor:
 
 
 def addressable(x: Tensor) -> bool:
-    """Whether the numbers of a tensor are what lies in its memory: no subclass, no lazy negation, no
-    implied zeros."""
-    return type(x) is Tensor and x.layout is torch.strided and not x.is_neg() and not x._is_zerotensor()
+    """Whether the numbers of a tensor are what lies in its memory: no subclass but torch's own of parameters, no lazy
+    negation, no implied zeros."""
+    return type(x) in ADDRESSABLE and x.layout is torch.strided and not x.is_neg() and not x._is_zerotensor()
 
 
 class Block(NamedTuple):

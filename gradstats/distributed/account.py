@@ -45,6 +45,10 @@ class ShardedAccount(Account):
             self.sharded = found
         return self.sharded
 
+    @property
+    def current(self) -> nn.Parameter | None:
+        return self.parameter if self.present else None
+
     # Forward
 
     def shadow_of(self, kind: str) -> Tensor:

@@ -70,7 +70,7 @@ class Lockstep:
             yield
         except FailedElsewhere:
             raise
-        except Exception:
+        except Exception:  # of any kind: the other ranks wait for an answer
             self.shards.largest(FAILED)
             raise
         self._ask(DONE)

@@ -309,11 +309,11 @@ class FusedHandle(Handle):
         return entries
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: account.parameter for name, account in self.accounts.items() if account.present}
+        return {name: p for name, account in self.accounts.items() if (p := account.current) is not None}
 
     def parameter(self, name: str) -> nn.Parameter | None:
         account = self.accounts.get(name)
-        return account.parameter if account is not None and account.present else None
+        return None if account is None else account.current
 
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         account, found = self.accounts[name], {}

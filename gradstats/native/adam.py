@@ -13,13 +13,13 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradstats import native
 from gradstats.optim.adam import AdamUpdate
 from gradstats.optim.moment import Moment
 from gradstats.optim.update import Phase, Update
-from gradstats.sums import accumulation_dtype
+from gradstats.sums import accumulation_dtype, addressable
 
 KERNELS = {torch.float32: "adam_float32", torch.float64: "adam_float64", torch.bfloat16: "adam_bfloat16"}
 # In the orders of adam.cpp.
@@ -56,28 +56,28 @@ def serves(update: Update, parameter: Tensor) -> bool:
     return native.enabled and on_cpu and knows(update) and native.library() is not None
 
 
-def plain(t: Tensor) -> bool:
-    """Whether the numbers of a tensor are what lies in its memory."""
-    own = type(t) is Tensor or type(t) is nn.Parameter
-    return own and t.layout is torch.strided and not t.is_neg() and not t._is_zerotensor()
-
-
 def step(update: Update, phase: Phase, columns: Mapping[str, Sequence[Tensor]], scalars: Mapping[str, Any]) -> bool:
     """One phase of an update of all parameters of the columns; False, and nothing is moved, if one of the tensors is
-    not as it is wanted: of the dtypes of the first, and dense in the order in which indices count."""
+    not as it is wanted: of the dtypes and size of its parameter, and dense in the order in which indices count."""
     assert isinstance(update, AdamUpdate)
     parameters, moment = columns["parameter"], update.moment
     dtype, nothing = parameters[0].dtype, [None] * len(parameters)
+    sizes = [p.numel() for p in parameters]
     addresses: list[Sequence[int | None]] = []
     for name in COLUMNS:
         column, wanted = columns.get(name), dtype if name in COLUMNS[:2] else accumulation_dtype(dtype)
         if column is None:
             addresses.append(nothing)
             continue
-        if not all([t.dtype == wanted and t.is_contiguous() and plain(t) for t in column]):
+        # The kernel is told of sizes once, and believes them.
+        found = [
+            t.data_ptr()
+            for t, size in zip(column, sizes, strict=True)
+            if t.dtype == wanted and t.numel() == size and t.is_contiguous() and addressable(t)
+        ]
+        if len(found) < len(sizes):
             return False
-        addresses.append([t.data_ptr() for t in column])
-    sizes = [p.numel() for p in parameters]
+        addresses.append(found)
     numbers = [float(scalars.get(name, 1.0)) for name in SCALARS]
     getattr(native.library(), KERNELS[dtype])(
         ctypes.c_int(PHASES[phase]),

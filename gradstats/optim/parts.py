@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Examples that averages of statistics cover: an entry of the state, for good, once these have missed any.
 COVERED = "statistics_step"
+# Torch makes a tensor of a number once for every count that it is added to: given one, it takes half as long.
+ONE = torch.tensor(1, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,8 @@ class Part:
 
 
 def add(counts: list[Tensor], number: int) -> None:
-    """In place. Torch makes a tensor of a number once for every count: given one, it takes half as long."""
-    torch._foreach_add_(counts, torch.tensor(1), alpha=number)
+    """In place."""
+    torch._foreach_add_(counts, ONE, alpha=number)
 
 
 # By what their ages, numbers and units of gradients are.
@@ -156,16 +158,14 @@ def row_of(p: Tensor, state: State, window: Window, plan: Plan) -> Row:
     """A parameter, its gradient, raw sums and buffers; of a sharded one, what is here."""
     gradient = p.grad
     assert gradient is not None
-    row = [p, gradient.to_dense() if gradient.is_sparse else gradient]
-    for name in plan.reads:
-        row.append(window.sums[name])
+    row = [p, gradient.to_dense() if gradient.is_sparse else gradient, *[window.sums[name] for name in plan.reads]]
     for name in plan.buffers:
         buffer = state.get(name)
         if buffer is None or buffer.dtype != plan.dtype:
             allocate(p, state, plan.update)
             buffer = state[name]
         row.append(buffer)
-    return [local(t) for t in row]
+    return [local(t) for t in row] if isinstance(p, DTensor) else row
 
 
 def update_of(optimizer: ExampleOptimizer, group: Mapping[str, Any], state: State, window: Window) -> Update:
