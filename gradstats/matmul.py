@@ -27,7 +27,9 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """a (..., m, k) times b (..., k, n), with factors in `dtype` if the device multiplies them faster; in a's dtype."""
     if dtype is not None and supports(a.device, dtype):
         return rounded(a.to(dtype), b.to(dtype)).to(a.dtype)
-    if a.device.type == "cpu" and a.dtype == torch.float32 and a.dim() == 2 and a.numel() and b.numel():
+    measurable = a.device.type == "cpu" and a.dtype == torch.float32 and a.dim() == 2
+    # A compiler would make the key a part of the graph, and compile it once for every batch size.
+    if measurable and not torch.compiler.is_compiling() and a.numel() and b.numel():
         key = ("product", a.shape[0], b.shape[1], a.shape[1].bit_length())
         return fastest(key, {"blas": lambda: a @ b, "onednn": lambda: by_convolution(a, b)})
     return a @ b

@@ -164,17 +164,21 @@ class GroupNorm(Rule):
             xhat = (x.reshape(n, groups, -1) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
             return affine(channels_last(d), channels_last(xhat.reshape(x.shape)), 1, wanted)
 
-        if x.dtype != accumulation_dtype(x.dtype):  # the kernel would round contributions before they are squared
-            grad_input = None
-            if "input" in wanted:
-                grad_input = aten.native_group_norm_backward(
-                    d, x, mean, rstd, weight, n, c, positions, groups, [True, False, False]
-                )[0]
-            return grad_input, by_position()
-        # One example of n c channels in n groups of groups: its parameters' gradients are the contributions.
         asked = [name in wanted for name in ("input", "weight", "bias")]
-        own = (mean.view(1, -1), rstd.view(1, -1), weight.repeat(n), 1, n * c, positions, n * groups)
-        grad_input, *found = aten.native_group_norm_backward(d, x, *own, asked)
+        rounds = x.dtype != accumulation_dtype(x.dtype)  # contributions, before they are squared
+        if rounds or torch.compiler.is_compiling():
+            settings = mean, rstd, weight, n, c, positions, groups, [asked[0], False, False]
+            grad_input, *_ = aten.native_group_norm_backward(d, x, *settings)
+            if rounds:
+                return grad_input, by_position()
+            # As the kernel has them. It takes the number of groups as a constant of the graph, and so would n become.
+            bias = d.reshape(n, groups, -1, positions).sum(3)
+            weights = ((d * x).reshape(n, groups, -1, positions).sum(3) - bias * mean[..., None]) * rstd[..., None]
+            found = [weights, bias]
+        else:
+            # One example of n c channels in n groups of groups: its parameters' gradients are the contributions.
+            own = (mean.view(1, -1), rstd.view(1, -1), weight.repeat(n), 1, n * c, positions, n * groups)
+            grad_input, *found = aten.native_group_norm_backward(d, x, *own, asked)
         return grad_input, {
             name: Summed(value.view(n, c), lambda name=name: by_position()[name])
             for name, value, ask in zip(("weight", "bias"), found, asked[1:], strict=True)

@@ -153,9 +153,11 @@ def errors_by_size(problem, dtype, backend):
         yield worst(*pair)
 
 
-def test_a_new_batch_size_compiles_at_most_once_more():
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, EXACT), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", ["mlp", "convolutions"])
+def test_a_new_batch_size_compiles_at_most_once_more(name, dtype, error):
     backend = Counting("aot_eager")
-    assert max(errors_by_size(PROBLEMS["mlp"], torch.float64, backend)) <= EXACT
+    assert max(errors_by_size(PROBLEMS[name], dtype, backend)) <= error
     assert backend.graphs <= 2
 
 
