@@ -336,10 +336,10 @@ class Handle(Readable):
 
         return window
 
-    def replaced(self, name: str, parameter: Tensor) -> bool:
+    def replaced(self, name: str, gradient: Tensor) -> bool:
         """Whether p.grad is another tensor than the last backward pass left."""
         left = self.left(name)
-        return left is not None and parameter.grad is not None and left.tensor() is not parameter.grad
+        return left is not None and left.tensor() is not gradient
 
     def zeroed(self) -> bool:
         """Whether all gradients were zeroed in place since the last backward pass, so that there is no batch. Waits for

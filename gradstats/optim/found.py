@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gradstats.optim.base import ExampleOptimizer
 
 State = dict[str, Any]
-Read = Callable[[str, Tensor], Window]  # the window of a parameter, given by its name and itself
+Read = Callable[[str, Tensor, Tensor], Window]  # the window of a parameter, given by its name, itself and p.grad
 
 
 class Found(NamedTuple):
@@ -42,18 +42,19 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
     for index, group in enumerate(optimizer.param_groups):
         windows = Windows(optimizer, group)
         for p in group["params"]:
-            if p.grad is None:
+            gradient = p.grad
+            if gradient is None:
                 continue
             state = state_of(optimizer, p, group)
             name = None if handle is None else handle.registered(p)
             if name is None:  # the last one's handle is faster to ask
                 handle, name = owner(p)
-            if not windows.reads and (handle is None or name is None or handle.replaced(name, p)):
+            if not windows.reads and (handle is None or name is None or handle.replaced(name, gradient)):
                 alone.append((index, p, state))
                 continue
             if handle is not None and zeroed(handle):
                 continue
-            window = windows.of(p, state, handle, name)
+            window = windows.of(p, gradient, state, handle, name)
             if window is None:
                 continue
             if handle is not None and handle.granularity != "example":
@@ -93,9 +94,9 @@ class Windows:
         self.optimizer, self.group = optimizer, group
         self.reads = tuple(STATISTICS[name][0] for name in optimizer.statistics(group))
         self.needs_gradient = optimizer.needs_gradient(group)
-        self.known: dict[tuple[Handle, bool], Read] = {}
+        self.known: dict[Handle, Read] = {}
 
-    def of(self, p: Tensor, state: State, handle: Handle | None, name: str | None) -> Window | None:
+    def of(self, p: Tensor, gradient: Tensor, state: State, handle: Handle | None, name: str | None) -> Window | None:
         """None where there is none and none is needed: for distributed checkpointing's empty step, or an unused layer
         whose gradient was zeroed in place. Raises: MissingStatistic, LifetimeError."""
         try:
@@ -105,18 +106,24 @@ class Windows:
                     f"the forward pass, and give parameters that are named in ignore to another optimizer"
                 )
             name = name or handle.name_of(p)
-            waits = handle.every > 1 and bool(self.reads) and handle.skipped(name)
-            read = self.known.get((handle, waits))
+            read = self.known.get(handle)
             if read is None:
                 if self.reads and handle.sampled:
                     check_sampled(self.optimizer, self.group, state, handle)
-                wanted = ((), False) if waits else (self.reads, self.needs_gradient)
-                read = self.known[handle, waits] = windows_of(self.optimizer, handle, *wanted)
-            return read(name, p)
+                read = windows_of(self.optimizer, handle, self.reads, self.needs_gradient)
+                if handle.every > 1 and self.reads:
+                    read = read_or_wait(read, windows_of(self.optimizer, handle, (), False), handle.skipped)
+                self.known[handle] = read
+            return read(name, p, gradient)
         except MissingStatistic:
-            if float(self.group["lr"]) == 0 or (handle is not None and p.grad is not None and not bool(p.grad.any())):
+            if float(self.group["lr"]) == 0 or (handle is not None and not bool(gradient.any())):
                 return None
             raise
+
+
+def read_or_wait(read: Read, wait: Read, skipped: Callable[[str], bool]) -> Read:
+    """Without statistics where the window of a parameter was not gathered."""
+    return lambda name, p, gradient: (wait if skipped(name) else read)(name, p, gradient)
 
 
 def check_sampled(optimizer: ExampleOptimizer, group: dict[str, Any], state: State, handle: Handle) -> None:
@@ -142,8 +149,8 @@ def windows_of(optimizer: ExampleOptimizer, handle: Handle, reads: tuple[str, ..
             "scaler.step(optimizer) and clip with max_norm, or name it, attach(..., grad_scaler=scaler)"
         )
 
-    def window(name: str, p: Tensor) -> Window:
-        if handle.replaced(name, p):
+    def window(name: str, p: Tensor, gradient: Tensor) -> Window:
+        if handle.replaced(name, gradient):
             raise MissingStatistic(
                 f"the gradient of '{name}' is another tensor than the one that its statistics are of: backpropagate "
                 f"through the attached model before every step"
