@@ -44,7 +44,9 @@ def range_band(axes: Axes, x: Any, values: Array, colour: Any, alpha: float = 0.
 
 
 def interval_band(axes: Axes, x: Any, logarithms: Array, colour: Any) -> None:
-    """The 95% interval of the geometric mean over seeds of what has these natural logarithms (S, T)."""
+    """The 95% interval of the geometric mean over seeds of what has these natural logarithms (S, T); none of one."""
+    if len(logarithms) < 2:
+        return
     low, high = np.exp(bounds(logarithms.mean(axis=0), resampled(logarithms), len(logarithms)))
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 

@@ -70,7 +70,8 @@ def half_life(tuned: Hyperparameters, k: float) -> Hyperparameters:
     return Hyperparameters(tuned.lr * sqrt(k), (first, second), tuned.eps)
 
 
-ENGINES = ("fused", "vmap", "opacus")
+RANDOM_SIGN = "random_sign"
+ENGINES = ("fused", "vmap", "opacus", RANDOM_SIGN)
 FUSED = EngineConfig("fused")
 
 ADAM_RULES: dict[str, Rule] = {
@@ -172,30 +173,41 @@ def attach_statistics(
     generator: torch.Generator | None = None,
 ) -> gradstats.Handle | None:
     """What the optimizer reads, and more; a model of which nothing is read stays plain. `generator` draws the examples
-    of engine.fraction.
+    of engine.fraction, and the signs of engine.name=random_sign.
 
     Raises: UserError for an engine that this loop cannot serve; GradstatsError for what the engine or the optimizer
     cannot do with a part of the statistics."""
     if engine.name not in ENGINES:
         raise UserError(
-            f"engine.name={engine.name}: a step of this loop is one backward pass of the mean loss, for which there "
-            f"are {', '.join(ENGINES)}"
+            f"engine.name={engine.name}: a step of this loop backpropagates a whole batch, for which there are "
+            f"{', '.join(ENGINES)}"
         )
     names = tuple(dict.fromkeys((*read_statistics(optimizer), *more)))
     if not names:
         return None
     microbatch_size = config.microbatch_size if isinstance(config, MicrobatchAdamWConfig) else None
+    draws = engine.fraction < 1 or engine.name == RANDOM_SIGN
     return gradstats.attach(
         model,
         *names,
         engine=engine.name,
-        granularity="example" if microbatch_size is None else "microbatch",
+        granularity=engine.granularity if microbatch_size is None else "microbatch",
         microbatch_size=microbatch_size,
         statistics_dtype=torch.bfloat16 if engine.statistics_dtype is StatisticsDtype.bfloat16 else None,
         every=engine.every,
         fraction=engine.fraction,
-        generator=generator if engine.fraction < 1 else None,
+        probes=engine.probes,
+        generator=generator if draws else None,
     )
+
+
+def backpropagate(losses: Tensor, examples: int, statistics: gradstats.Handle | None) -> Tensor:
+    """The mean loss (), detached. `losses` is that, or has an entry a target for engine "random_sign", whose statistics
+    want the losses of examples."""
+    if losses.dim() == 0 or statistics is None:
+        losses.mean().backward()
+        return losses.detach().mean()
+    return statistics.backward(losses.view(examples, -1).mean(1))
 
 
 def stepper(optimizer: torch.optim.Optimizer, batch_size: int | None) -> Callable[[], Any]:

@@ -35,7 +35,7 @@ from experiments.history import History, NoHistory
 from experiments.measurements import Measurements
 from experiments.models import build_model
 from experiments.models.dropout import share_draws
-from experiments.optimizers import attach_statistics, build_optimizer, step_lr, stepper
+from experiments.optimizers import RANDOM_SIGN, attach_statistics, backpropagate, build_optimizer, step_lr, stepper
 from experiments.progress import Notify, progress_bar, silent
 from experiments.record import Record
 from experiments.resume import previous_run, restore, save
@@ -95,6 +95,7 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
     together = process.parallel(model)
     forward = torch.compile(together) if config.hardware.compile else together
     weight = process.weight(B)
+    reduction = "none" if config.engine.name == RANDOM_SIGN else "mean"
     precision = torch.autocast(device.type, torch.bfloat16) if config.hardware.bf16 else nullcontext()
 
     parts = {"model": model, "optimizer": optimizer, "sampler": sampler, "draws": draws, "measurements": measurements}
@@ -119,9 +120,8 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
                 for p in parameters:
                     p.grad = None
                 with precision:
-                    loss = weight * F.cross_entropy(forward(x).flatten(0, -2), y.flatten())
-                loss.backward()
-                losses.append(loss.detach())
+                    loss = weight * F.cross_entropy(forward(x).flatten(0, -2), y.flatten(), reduction=reduction)
+                losses.append(backpropagate(loss, len(x), statistics))
                 if sampler.position == stop:
                     values = measurements.read(B)
                 if gradient_limit is not None:

@@ -198,6 +198,17 @@ class DriftConfig(StudyConfig):
     lengths: int = MISSING
 
 
+@dataclass
+class ContestConfig(StudyConfig):
+    """contestants: overrides of `optimizer` and `engine`, by label. Each is tuned at every batch size: over these
+    octaves of its default lr, and further ones while the best lies at an end. reference: the one drawn in ink."""
+
+    contestants: dict[str, list[str]] = MISSING
+    reference: str = MISSING
+    batch_sizes: list[int] = MISSING
+    octaves: list[float] = MISSING
+
+
 STUDIES: dict[str, type[StudyConfig]] = {
     "running_averages": RunningAveragesConfig,
     "sgd_momentum": SGDMomentumConfig,
@@ -210,4 +221,9 @@ STUDIES: dict[str, type[StudyConfig]] = {
     "one_dimensional": OneDimensionalConfig,
     "temperature": TemperatureConfig,
     "drift": DriftConfig,
+    "preconditioner": ContestConfig,
+    "sign_placement": ContestConfig,
+    "micro_batch": ContestConfig,
+    "horizons": ContestConfig,
+    "estimators": ContestConfig,
 }

@@ -45,7 +45,11 @@ class Searched(StrEnum):
 
 @dataclass
 class EngineConfig:
+    """granularity: what counts as one, "example" or "token"; probes: backward passes of engine random_sign."""
+
     name: str = MISSING
+    granularity: str = "example"
+    probes: int = 1
     statistics_dtype: StatisticsDtype = StatisticsDtype.exact
     every: int = 1
     fraction: float = 1.0

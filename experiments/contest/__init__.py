@@ -1,0 +1,1 @@
+"""Contests: methods that are compared where each is tuned for itself, at equal numbers of examples."""

@@ -1,0 +1,119 @@
+"""Who takes part in a contest, and the runs that tune all of them alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import TypeVar
+
+import numpy as np
+from hydra.errors import HydraException
+
+from experiments.config import compose_config
+from experiments.contest.analysis import Contest, contest
+from experiments.contest.figure import alternative, caption, draw
+from experiments.contest.tables import TERMS, tables
+from experiments.errors import UserError
+from experiments.estimate import Finding
+from experiments.jobs import Job, Result
+from experiments.laboratory.schemas import ContestConfig
+from experiments.laboratory.terms import DIVERGED, intervals
+from experiments.schemas.optimizer import OptimizerConfig
+from experiments.schemas.run import Config, EngineConfig
+from experiments.study import OF_RUNS, Outcome, Study
+
+FARTHEST = 6  # octaves from where it began: a factor 64
+
+S = TypeVar("S", bound=ContestConfig)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    optimizer: OptimizerConfig
+    engine: EngineConfig
+
+
+@cache
+def contestant(label: str, overrides: tuple[str, ...]) -> Contestant:
+    """Raises UserError for overrides of anything but an optimizer and the engine that gathers for it."""
+    if strangers := [o for o in overrides if o.partition("=")[0].partition(".")[0] not in ("optimizer", "engine")]:
+        raise UserError(f"study.contestants: {label} has {strangers}; contestants differ in optimizer and engine only")
+    try:
+        config = compose_config(list(overrides))
+    except HydraException as error:
+        raise UserError(f"study.contestants: {label} cannot be composed: {error}") from error
+    return Contestant(config.optimizer, config.engine)
+
+
+class ContestStudy(Study[S]):
+    """A subclass asks the question, and states the findings.
+
+    Every contestant is tuned at every batch size: over `octaves` of its own default learning rate, and further for as
+    long as the best of them lies at an end.
+    """
+
+    reads = tuple(key for key in OF_RUNS if key != "engine")
+
+    def check(self) -> None:
+        super().check()
+        self.contestants()
+        if missing := {*self.required(), self.settings.reference} - set(self.settings.contestants):
+            raise UserError(f"study.contestants lacks {', '.join(sorted(missing))}, which the findings are about")
+        if len(self.settings.octaves) < 3:
+            raise UserError(f"study.octaves={self.settings.octaves}: three or more, or none has neighbours")
+
+    def contestants(self) -> dict[str, Contestant]:
+        return {label: contestant(label, tuple(o)) for label, o in self.settings.contestants.items()}
+
+    def jobs(self, config: Config, known: Sequence[Result]) -> list[Job]:
+        settings = self.settings
+        planned: list[tuple[int, float, Job]] = []
+        for (label, one), B in product(self.contestants().items(), settings.batch_sizes):
+            losses: dict[float, list[float]] = {}
+            for result in known:
+                if result.coordinates["contestant"] == label and result.coordinates["batch_size"] == B:
+                    octave = result.coordinates["octave"]
+                    assert isinstance(octave, float)
+                    losses.setdefault(octave, []).append(result.found.final_train_loss)
+            of_one = dataclasses.replace(config, engine=one.engine)
+            for octave, seed in product(bracket(settings.octaves, losses), settings.seeds):
+                optimizer = dataclasses.replace(one.optimizer, lr=one.optimizer.lr * 2**octave)
+                job = self.training(of_one, optimizer, B, seed, contestant=label, octave=octave)
+                planned.append((seed, octave, job))
+        # Contestants take turns, so that a change of the machine's speed meets all of them alike.
+        return [job for *_, job in sorted(planned, key=lambda row: row[:2])]
+
+    @abstractmethod
+    def required(self) -> Sequence[str]:
+        """The contestants that findings are about."""
+
+    @abstractmethod
+    def findings(self, found: Contest) -> list[Finding]: ...
+
+    def outcome(self, results: Sequence[Result]) -> Outcome:
+        found = contest(self.settings, results)
+        return Outcome(
+            tables=tables(found),
+            findings=[*self.findings(found), *found.notes()],
+            draw=lambda theme: draw(found, theme),
+            caption=caption(found),
+            alternative=alternative(found),
+            terms=TERMS | intervals(len(self.settings.seeds), "tuning is repeated") | DIVERGED,
+        )
+
+
+def bracket(octaves: Sequence[float], losses: dict[float, list[float]]) -> list[float]:
+    """Those to run, given the losses of those that were: the first ones, and a neighbour where the best has none."""
+    if not losses:
+        return [float(octave) for octave in sorted(octaves)]
+    known, step = sorted(losses), min(np.diff(sorted(octaves)))
+    best = min(known, key=lambda octave: float(np.log(losses[octave]).mean()))
+    if best == known[0] and best - step >= -FARTHEST:
+        return [best - step, *known]
+    if best == known[-1] and best + step <= FARTHEST:
+        return [*known, best + step]
+    return known

@@ -1,0 +1,49 @@
+"""Second moments that are estimated instead of computed: what they do to the loss, and what they save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments.contest.analysis import Contest
+from experiments.contest.plan import ContestStudy
+from experiments.estimate import Finding, notes
+from experiments.laboratory.schemas import ContestConfig
+
+EXACT = "exact"
+CLOSE = 1.05  # of the loss of the exact one
+
+
+class Estimators(ContestStudy[ContestConfig]):
+    title = "Estimated second moments"
+    question = "What does it cost in loss to estimate the second moment of examples, and what does it save in time?"
+    source = "DESIGN of gradstats: exact, in bfloat16, of some batches or examples, of micro-batches, by random signs"
+
+    def required(self) -> Sequence[str]:
+        return (EXACT,)
+
+    def findings(self, found: Contest) -> list[Finding]:
+        sizes = found.settings.batch_sizes
+        others = [label for label in found.labels if label != EXACT]
+        return [
+            *(_close(found, label, B) for label in others for B in sizes),
+            *notes([_seconds(found, others, B) for B in sizes]),
+        ]
+
+
+def _close(found: Contest, label: str, B: int) -> Finding:
+    ratio, equal_time = found.ratio(label, EXACT, B), found.at_equal_seconds(label, EXACT, B)
+    return Finding(
+        f"B = {B}: {label}: the loss is at most {CLOSE:g} times that with the exact second moment",
+        ratio.verdict(CLOSE),
+        f"Training loss {found.loss(label, B)} against {found.loss(EXACT, B)}: a ratio of {ratio} at equal examples, "
+        f"and of {equal_time} at equal wall-clock.",
+    )
+
+
+def _seconds(found: Contest, labels: Sequence[str], B: int) -> str:
+    exact = found.seconds(EXACT, B)
+    told = ", ".join(f"{label} {found.seconds(label, B) / exact:.2f}" for label in labels)
+    return f"At B = {B} runs take, in units of the exact one's {exact:.2f} s: {told}."
+
+
+STUDY = Estimators

@@ -1,0 +1,59 @@
+"""Squares of micro-batches' gradients, in as many passes, against those of examples in one, at equal wall-clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiments.contest.analysis import Contest
+from experiments.contest.plan import ContestStudy
+from experiments.estimate import Finding
+from experiments.laboratory.schemas import ContestConfig
+from experiments.laboratory.verdicts import equals
+
+MICROBATCH, SAME, EXAMPLE = "micro-batches of 4", "examples, R = 4", "examples, R = 1"
+CLOSE = 0.05  # of a loss
+
+
+class MicroBatch(ContestStudy[ContestConfig]):
+    title = "Micro-batches or examples"
+    question = "Do squares of examples' gradients reach a lower loss in the same time than squares of micro-batches'?"
+    source = "Wang & Aitchison 2024: Adam is invariant to the batch size if it squares micro-batch gradients"
+
+    def required(self) -> Sequence[str]:
+        return (MICROBATCH, SAME, EXAMPLE)
+
+    def findings(self, found: Contest) -> list[Finding]:
+        return [claim(found, B) for claim in (_same, _faster, _lower) for B in found.settings.batch_sizes]
+
+
+def _same(found: Contest, B: int) -> Finding:
+    ratio = found.ratio(SAME, MICROBATCH, B)
+    return Finding(
+        f"B = {B}: at equal examples, examples at R = 4 train as micro-batches of 4 do, within {CLOSE:.0%}",
+        equals(ratio, CLOSE),
+        f"Training loss {found.loss(SAME, B)} against {found.loss(MICROBATCH, B)}, a ratio of {ratio}: both estimate "
+        "mu^2 + sigma^2/4.",
+    )
+
+
+def _faster(found: Contest, B: int) -> Finding:
+    one, other = found.seconds(SAME, B), found.seconds(MICROBATCH, B)
+    return Finding(
+        f"B = {B}: squares of examples take less time than squares of micro-batches",
+        "holds" if one < other else "does not hold",
+        f"A run takes {one:.2f} s against {other:.2f} s, medians of all runs on this machine, a ratio of "
+        f"{one / other:.2f}; R = 1 takes {found.seconds(EXAMPLE, B):.2f} s.",
+    )
+
+
+def _lower(found: Contest, B: int) -> Finding:
+    ratio = found.at_equal_seconds(SAME, MICROBATCH, B)
+    return Finding(
+        f"B = {B}: at equal wall-clock, squares of examples reach a lower loss",
+        ratio.verdict(1),
+        f"When the faster run ends, the training loss of R = 4 is {ratio} times that of micro-batches of 4, and that "
+        f"of R = 1 {found.at_equal_seconds(EXAMPLE, MICROBATCH, B)} times.",
+    )
+
+
+STUDY = MicroBatch

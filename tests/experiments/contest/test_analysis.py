@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments.contest.analysis import contest
+from experiments.themes import DARK, LIGHT, image
+from tests.experiments.contests import results, settings
+
+STUDY = settings("micro_batch")
+A, B, C = STUDY.contestants
+
+
+def test_numbers_are_those_of_the_tuned_learning_rates():
+    loss = {A: 0.2, B: 0.1, C: 0.4}
+    found = contest(STUDY, results(STUDY, lambda label, _: loss[label], best=lambda label, B: float(B == 64), noise=0))
+    assert [found.best(A, 16), found.best(A, 64)] == [2, 3]
+    assert found.loss(A, 16).value == pytest.approx(0.2) and found.held_out(A, 16).value == pytest.approx(0.3)
+    assert found.ratio(B, A, 16).value == pytest.approx(0.5)
+    assert found.doubled(C, 16).value == pytest.approx(math.exp(0.2))
+    assert found.kept(C, 64, 16).value == pytest.approx(math.exp(0.2)) and found.kept(C, 64, 64).value == 1
+    assert not found.notes()
+
+
+def test_equal_seconds_give_the_slower_one_fewer_examples():
+    found = contest(STUDY, results(STUDY, lambda *_: 0.5, seconds={A: 2.0, B: 1.0}, noise=0))
+    assert found.at_equal_seconds(A, B, 16).value == pytest.approx((2.0 / 0.5) ** 0.5)
+    assert found.at_equal_seconds(B, A, 16).value == pytest.approx((0.5 / 2.0) ** 0.5)
+    assert found.at_equal_seconds(B, C, 16).value == pytest.approx(1)
+
+
+def test_intervals_are_over_seeds_and_above_zero():
+    found = contest(STUDY, results(STUDY, lambda label, _: 0.1, noise=1.0))
+    ratio = found.ratio(A, B, 16)
+    assert 0 < ratio.low < ratio.value < ratio.high
+    narrow = contest(STUDY, results(STUDY, lambda label, _: 0.1, noise=0.01)).ratio(A, B, 16)
+    assert narrow.high - narrow.low < ratio.high - ratio.low
+
+
+def test_a_diverged_run_counts_with_its_first_loss_and_an_edge_is_told():
+    all_of = results(STUDY, lambda *_: 0.5, best=lambda *_: 3.0, noise=0)
+    for result in all_of:
+        if result.coordinates["octave"] == 1.0:
+            result.found.status = "diverged"
+    found = contest(STUDY, all_of)
+    np.testing.assert_allclose(np.exp(found.runs[A, 16].train[:, 3]), 2.0)
+    assert "an edge of the grid" in found.notes()[0].sentence
+    for result in all_of:
+        result.found.status = "diverged"
+    with pytest.raises(ValueError, match="diverged"):
+        contest(STUDY, all_of)
+
+
+def test_the_figure_differs_by_theme():
+    from experiments.contest.figure import alternative, caption, draw
+    from experiments.contest.tables import tables
+
+    found = contest(STUDY, results(STUDY, lambda label, _: 0.1 * len(label)))
+    assert len({image(draw(found, theme), "png") for theme in (LIGHT, DARK)}) == 2
+    assert "seeds" in caption(found) and A in alternative(found)
+    assert [len(table.rows) for table in tables(found)] == [3, 3]
