@@ -1,0 +1,46 @@
+"""A run of one's own, to look at on the way: what a measurement sees of the model at some counts of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from experiments.data import Dataset
+from experiments.laboratory.problem import backward, build
+from experiments.optimizers import attach_statistics, build_optimizer
+from experiments.sampler import Sampler
+from experiments.schedule import learning_rate_schedule
+from experiments.schemas.optimizer import OptimizerConfig
+from experiments.schemas.run import Decay
+
+
+def along(
+    problem: str, optimizer: OptimizerConfig, batch_size: int, warmup: int, seed: int, counts: Sequence[int]
+) -> Iterator[tuple[int, Dataset, nn.Module]]:
+    """Comes back after each count of examples, all multiples of the batch size, ascending, with the data and the model.
+
+    The run is that of experiments.train with these settings: same initial model, same examples. The model is not to be
+    changed, and what is attached to it is the run's: `looked_at` gives a copy.
+    """
+    data, model = build(problem, seed)
+    step = build_optimizer(list(model.parameters()), optimizer, batch_size, max_norm=None)
+    attach_statistics(model, step, optimizer)
+    peak = step.param_groups[0]["lr"]
+    schedule = learning_rate_schedule(warmup, counts[-1], Decay.none)
+    sampler = Sampler(len(data.train), batch_size, seed, torch.device("cpu"))
+    for count in counts:
+        for indices in sampler.until(count):
+            backward(model, data.train.x[indices], data.train.y[indices])
+            step.param_groups[0]["lr"] = peak * schedule.mean(sampler.position - batch_size, sampler.position)
+            step.step()
+        yield count, data, model
+
+
+def looked_at(problem: str, seed: int, model: nn.Module) -> nn.Module:
+    """A copy that nothing is attached to, in evaluation mode: gradients without the noise of dropout."""
+    with torch.random.fork_rng(devices=[]):  # the run's dropout goes on where it was
+        _, copy = build(problem, seed)
+    copy.load_state_dict(model.state_dict())
+    return copy.eval()

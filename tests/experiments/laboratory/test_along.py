@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.config import compose_config
+from experiments.laboratory.along import along, looked_at
+from experiments.laboratory.problem import loss_of, problem_of
+from experiments.train import train
+
+
+@pytest.mark.parametrize("method", ["adam", "batch_invariant_adam"])
+def test_it_is_the_run_of_train(tmp_path: Path, method: str):
+    config = compose_config([f"optimizer={method}", "tracker=none", "train.epochs=0.5", "train.warmup_examples=256"])
+    record = train(config, tmp_path)
+    problem = problem_of(config)
+    counts = [count for count in record.examples if count % 16 == 0]
+    assert len(counts) >= 2
+    looks = along(problem, config.optimizer, 16, 256, 0, counts)
+    found = [loss_of(looked_at(problem, 0, model), data.train) for _, data, model in looks]
+    expected = [loss for count, loss in zip(record.examples, record.train_loss, strict=True) if count in counts]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=0)
+
+
+def test_a_copy_is_attached_to_nothing():
+    config = compose_config([])
+    other = dataclasses.replace(config.optimizer)
+    (_, _, model), *_ = along(problem_of(config), other, 16, 0, 0, [16])
+    copy = looked_at(problem_of(config), 0, model)
+    assert not copy.training and type(copy) is torch.nn.Sequential is not type(model)
+    assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), model.parameters(), strict=True))
