@@ -224,6 +224,7 @@ STUDIES: dict[str, type[StudyConfig]] = {
     "preconditioner": ContestConfig,
     "sign_placement": ContestConfig,
     "micro_batch": ContestConfig,
+    "token_or_sequence": ContestConfig,
     "horizons": ContestConfig,
     "estimators": ContestConfig,
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 
 from experiments import laboratory
 from experiments.estimate import Finding
-from experiments.laboratory import estimators, horizons, micro_batch, preconditioner, sign_placement
+from experiments.laboratory import estimators, horizons, micro_batch, preconditioner, sign_placement, token_or_sequence
 from tests.experiments.contests import results, settings
 
 
@@ -79,6 +80,19 @@ def test_horizons():
     assert found == ["holds"] * 7 + ["does not hold"]
     worse = {horizons.DEBIASED: 0.3, horizons.SLIDES: 0.2}
     assert verdicts("horizons", lambda label, B: worse.get(label, 0.1))[:6] == ["does not hold"] * 6
+
+
+def test_token_or_sequence():
+    assert verdicts("token_or_sequence", lambda label, B: 1.0, noise=1e-4) == ["holds"] * 4
+
+    def loss(label: str, B: int) -> float:
+        return {token_or_sequence.ADAM: 0.8, token_or_sequence.SEQUENCE: 1.0}.get(label, 1.2)
+
+    assert verdicts("token_or_sequence", loss, noise=1e-4) == ["does not hold"] * 4
+    study = dataclasses.replace(settings("token_or_sequence"), batch_sizes=[16, 64])
+    moved = results(study, lambda label, B: 1.0, best=lambda label, B: 2.0 * (B == 64), noise=1e-4)
+    told = token_or_sequence.STUDY(study).outcome(moved).findings
+    assert [finding.verdict for finding in told[8:12]] == ["does not hold"] * 4
 
 
 def test_sign_placement():
