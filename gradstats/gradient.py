@@ -7,7 +7,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from gradstats.distributed.local import local
 
@@ -41,10 +40,8 @@ class Left:
 
 def state_of(gradient: Tensor) -> State:
     """Address and version: a gradient that has both still was not changed by an operation of autograd's."""
-    if isinstance(gradient, DTensor):  # whose part here shares its version with those of other parameters
-        return local(gradient).data_ptr(), gradient._version
-    values = gradient._values() if gradient.is_sparse else gradient
-    return values.data_ptr(), gradient._version
+    here = local(gradient)  # of a DTensor, whose memory shares its version with that of other parameters
+    return (here._values() if here.is_sparse else here).data_ptr(), gradient._version
 
 
 def values_of(gradient: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from gradstats.account import Account
 from gradstats.distributed.local import local
+from gradstats.distributed.spread import DTensor
 from gradstats.gradient import Left
 from gradstats.sums import SUMS
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Placement, Shard
+
+from gradstats.distributed.spread import DTensor, Partial, Placement, Shard
 
 
 def local(t: Tensor) -> Tensor:

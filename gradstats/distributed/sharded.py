@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from gradstats.distributed.spread import DTensor, FSDPModule, Partial, Placement, Replicate, Shard
 from gradstats.distributed.unequal import warn_unequal
 from gradstats.errors import CoverageError, GradstatsError
 from gradstats.rules.registry import refuse

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from gradstats.distributed.local import local, total
+from gradstats.distributed.spread import DTensor
 from gradstats.errors import GradstatsError
 from gradstats.optim.elementwise import Columns, Row
 from gradstats.optim.found import Found, State, allocate
