@@ -1,15 +1,14 @@
-"""Processes that run functions together, as the ranks of a process group over gloo. Starting them takes seconds: once
-for all tests of a world size."""
+"""Processes that run functions together, as ranks that meet at a store. Starting them takes seconds: once for all tests
+of a world size."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,18 +17,31 @@ import torch.multiprocessing as multiprocessing
 
 SECONDS = 120  # of one function: ranks that wait for each other would do so for half an hour
 
+Call = Callable[..., Any]  # of a function and its arguments
+Join = Callable[[int, int, dist.Store], Call]  # rank, size
+
+
+def in_group(rank: int, size: int, store: dist.Store) -> Call:
+    """Ranks of one process group over gloo."""
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    return lambda function, *arguments: function(*arguments)
+
 
 class Ranks:
-    """`size` processes. Calling it runs a function of a module, with picklable arguments, on all of them."""
+    """`size` processes. Calling it runs a function of a module, with picklable arguments, on all of them.
 
-    def __init__(self, size: int):
+    `join` is called first, in each process, and says how functions are called there.
+    """
+
+    def __init__(self, size: int, join: Join = in_group):
         self.size = size
-        self.folder = tempfile.TemporaryDirectory()
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("spawn")
         self.ends, self.processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(rank, size, self.folder.name, there), daemon=True)
+            arguments = (rank, size, self.store.port, join, there)
+            process = context.Process(target=serve, args=arguments, daemon=True)
             process.start()
             self.ends.append(here)
             self.processes.append(process)
@@ -53,21 +65,20 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
-        self.folder.cleanup()
 
 
-def serve(rank: int, size: int, folder: str, end: Connection) -> None:
+def serve(rank: int, size: int, port: int, join: Join, end: Connection) -> None:
     """Runs what comes through the pipe, until the process is killed."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=size)
+    call = join(rank, size, dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=SECONDS)))
     while True:
         function, arguments = end.recv()
         torch.manual_seed(0)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                result = function(*arguments)
+                result = call(function, *arguments)
             end.send((None, result))
         except BaseException:
             end.send((traceback.format_exc(), None))

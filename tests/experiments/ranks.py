@@ -1,21 +1,16 @@
-"""Processes that stay, so that many checks pay once for importing torch: each calls what it is given as its rank."""
+"""Ranks that are processes of one run, and what they are given to do."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import timedelta
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import torch.distributed as dist
 
 from experiments import distributed
@@ -25,58 +20,20 @@ from experiments.data import Dataset
 from experiments.distributed import ALONE, Process
 from experiments.record import Record
 
-PATIENCE = 120.0  # seconds that a call may take: a rank that waits for one that failed would wait for ever
 
+def as_process(rank: int, world_size: int, store: dist.Store) -> Callable[..., Any]:
+    """Functions take the Process that a rank is, first; what they raise is returned."""
+    calls = count()
 
-@dataclass(frozen=True)
-class Ranks:
-    world_size: int
-    connections: list[Connection]
-
-    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What function(process, *arguments) returns in each process, or the exception that it raises."""
-        for connection in self.connections:
-            connection.send((function, arguments))
-        return [self._answer(rank) for rank in range(self.world_size)]
-
-    def _answer(self, rank: int) -> Any:
-        if not self.connections[rank].poll(PATIENCE):
-            raise TimeoutError(f"rank {rank} of {self.world_size} did not answer")
-        return self.connections[rank].recv()
-
-
-@contextlib.contextmanager
-def started(world_size: int) -> Iterator[Ranks]:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = get_context("spawn")
-    pipes = [context.Pipe() for _ in range(world_size)]
-    processes = [
-        context.Process(target=serve, args=(rank, world_size, store.port, theirs), daemon=True)
-        for rank, (_, theirs) in enumerate(pipes)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        yield Ranks(world_size, [ours for ours, _ in pipes])
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=PATIENCE))
-    call = 0
-    while True:
-        function, arguments = connection.recv()
-        call += 1  # what a call left in the store is not the next one's
-        process = Process(rank, world_size, dist.PrefixStore(f"call {call}", store))
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        # What a call left in the store is not the next one's.
+        process = Process(rank, world_size, dist.PrefixStore(f"call {next(calls)}", store))
         try:
-            connection.send(function(process, *arguments))
+            return function(process, *arguments)
         except BaseException as error:
-            connection.send(error)
+            return error
+
+    return call
 
 
 def doubled(data: Dataset) -> Dataset:

@@ -32,10 +32,10 @@ from experiments.errors import Diverged, UserError
 from experiments.record import Record
 from experiments.sampler import Sampler
 from experiments.train import evaluate, train
-from tests.experiments import ranks
 from tests.experiments.conftest import SHORT
-from tests.experiments.ranks import Ranks, alone, command, train_exactly
+from tests.experiments.ranks import alone, as_process, command, train_exactly
 from tests.experiments.runs import numbers, parameters
+from tests.ranks import Ranks
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,14 +44,14 @@ CROSS_ENTROPY = F.cross_entropy
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
-    with ranks.started(2) as started:
-        yield started
+    with Ranks(2, as_process) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="module")
 def four() -> Iterator[Ranks]:
-    with ranks.started(4) as started:
-        yield started
+    with Ranks(4, as_process) as ranks:
+        yield ranks
 
 
 def same_curve(found: Record, expected: Record) -> None:
@@ -72,9 +72,9 @@ CURVES = {
 }
 
 
-def check_curve(started: Ranks, overrides: list[str], folder: Path) -> None:
+def check_curve(ranks: Ranks, overrides: list[str], folder: Path) -> None:
     """Dropout included: a mask belongs to the position in the stream of examples, whoever draws it."""
-    first, *others = started(train_exactly, overrides, folder / "together")
+    first, *others = ranks(train_exactly, overrides, folder / "together")
     assert all(numbers(first) == numbers(other) for other in others)
     same_curve(first, alone(overrides, folder / "alone"))
     torch.testing.assert_close(parameters(folder / "together"), parameters(folder / "alone"), rtol=1e-9, atol=1e-12)
