@@ -18,7 +18,3 @@ that one rank alone may read.
 For parameters that ranks share out among them (fully_shard, FSDP2) see sharded.py: the same loss and the same B, and
 sums go where FSDP puts the gradients.
 """
-
-from gradstats.distributed.exchange import Exchange, active
-
-__all__ = ["Exchange", "active"]

@@ -214,7 +214,7 @@ class Exchange:
         warn_unequal("DistributedDataParallel", counts.examples)
 
 
-def average(exchange: Exchange, bucket):
+def average(exchange: Exchange, bucket):  # DDP refuses annotations that are not evaluated
     """The communication hook: DDP calls it with its state and one bucket."""
     return exchange.average(bucket)
 

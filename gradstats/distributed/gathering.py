@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradstats.distributed.parcel import packed
 from gradstats.sums import RawSum
 
 
@@ -45,11 +46,7 @@ class Item(NamedTuple):
 
 def gathered(items: Mapping[Any, Item], group: dist.ProcessGroup, ranks: int) -> dict[Any, Tensor]:
     """Results of all ranks put together, in the order of the ranks, by one all-gather."""
-    rows = [item.written() for item in items.values()]
-    dtype = rows[0].dtype
-    for row in rows[1:]:
-        dtype = torch.promote_types(dtype, row.dtype)
-    mine = torch.cat([row.to(rows[0].device, dtype) for row in rows])
+    mine = packed({key: item.written() for key, item in items.items()}).flat
     every = mine.new_empty(ranks, len(mine))
     dist.all_gather(list(every), mine, group=group)
     found, place = {}, 0
