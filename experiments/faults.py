@@ -173,9 +173,10 @@ def examine(output: Path, kills: int, processes: int, seed: int, overrides: Sequ
     found = []
     for number, rank in enumerate(ranks):
         found.append(Kill(rank, max(disturbed.attempt(number)[rank].steps), beginning(steps(disturbed, number + 1))))
-    same = {name: value == final(whole)[name] for name, value in final(disturbed).items()}
+    expected, ended = final(whole), final(disturbed)
+    same = {name: value == expected[name] for name, value in ended.items()}
     same["examples"] = trajectory(disturbed, len(ranks) + 1) == trajectory(whole, 1)
-    reached = {key: values[-1] for key, values in final(whole)["metrics"].items() if isinstance(values, list)}
+    reached = {key: values[-1] for key, values in expected["metrics"].items() if isinstance(values, list)}
     return {"kills": [asdict(kill) for kill in found], "same": same, "final": reached}
 
 

@@ -93,16 +93,16 @@ def plan(config: Config, ranks: Ranks) -> Plan:
             overhead, measured_on = 1 + (found.overhead(step, layers) - 1) / every, found.machine
     elsewhere = config.hardware.bf16 or config.device is Device.cuda
     return Plan(
-        ranks.world_size,
-        ranks.parallel.value,
-        one.batch_size,
-        one.rows,
-        sum(p.numel() for p in one.parameters),
-        held,
-        traffic(one, every),
-        flops(step, layers, every),
-        None if elsewhere and one.sums else overhead,
-        None if elsewhere else measured_on,
+        world_size=ranks.world_size,
+        parallel=ranks.parallel.value,
+        batch_size=one.batch_size,
+        rows=one.rows,
+        parameters=sum(p.numel() for p in one.parameters),
+        memory=held,
+        traffic=traffic(one, every),
+        flops=flops(step, layers, every),
+        overhead=None if elsewhere and one.sums else overhead,
+        measured_on=None if elsewhere else measured_on,
     )
 
 
