@@ -25,8 +25,9 @@ from gradstats.rules import Rule
 from gradstats.sums import OF_SQUARES
 
 if TYPE_CHECKING:
-    from gradstats.account import Account, Uses
+    from gradstats.account import Account
     from gradstats.leaf import Leaf
+    from gradstats.uses import Uses
 
 Gradients = dict[str, Tensor]
 Sums = dict[tuple[str, str], Tensor]

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.variable import Variable
 
-from gradstats.account import Uses
 from gradstats.distributed.rows import join_rows
 from gradstats.errors import CoverageError, LifetimeError
 from gradstats.sampling import Sampling, Turns, tell_of_steps
+from gradstats.uses import Uses
 
 if TYPE_CHECKING:
     from gradstats.account import Account

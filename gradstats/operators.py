@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gradstats.account import Uses
 from gradstats.contribution import Contribution
 from gradstats.errors import CoverageError
 from gradstats.forms.dense import Dense
 from gradstats.forms.outer import Outer
 from gradstats.function import Use
 from gradstats.sums import OF_SQUARES, SUMS, Reduction
+from gradstats.uses import Uses
 
 if TYPE_CHECKING:
     from gradstats.leaf import Leaf
