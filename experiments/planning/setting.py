@@ -26,7 +26,7 @@ from experiments.schemas.optimizer import MicrobatchAdamWConfig
 from experiments.schemas.run import Config
 from gradstats.optim.base import ExampleOptimizer
 from gradstats.optim.elementwise import run
-from gradstats.optim.found import Found, allocate
+from gradstats.optim.found import Found, state_of
 from gradstats.optim.parts import parts_of
 from gradstats.statistics import statistic_of
 from gradstats.sums import SUMS, RawSum
@@ -96,9 +96,7 @@ class Setting:
         """Bytes that the optimizer keeps, by parameter."""
         optimizer = self.optimizer
         if isinstance(optimizer, ExampleOptimizer):
-            for found in self.found(optimizer):
-                update = optimizer.update(optimizer.param_groups[found.group], self.batch_size, found.state)
-                allocate(found.parameter, found.state, update)
+            optimizer.allocate(self.batch_size)
         else:
             for p in self.parameters:
                 p.grad = torch.zeros_like(p)
@@ -111,10 +109,10 @@ class Setting:
         found = []
         for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
-                p.grad, state = torch.zeros_like(p), optimizer.state[p]
-                state.setdefault("step", torch.tensor(0))
+                p.grad = torch.zeros_like(p)
                 sums = dict(zip(self.sums, self.sums_of(p), strict=True))
-                found.append(Found(index, p, state, Window(sums, p.grad, self.batch_size, "mean", p.numel())))
+                window = Window(sums, p.grad, self.batch_size, "mean", p.numel())
+                found.append(Found(index, p, state_of(optimizer, p, group), window))
         return found
 
     def step(self) -> int:
