@@ -384,8 +384,9 @@ def test_tied_but_frozen_parameters_are_no_obstacle():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     model[1].weight = model[0].weight
     model[0].weight.requires_grad_(False)
-    attach(model)
+    stats = attach(model)
     model(torch.randn(2, 4)).sum().backward()
+    assert set(stats.second_moment) == {"0.bias", "1.bias", "2.weight", "2.bias"}
 
 
 def test_parameter_that_the_loss_does_not_depend_on():

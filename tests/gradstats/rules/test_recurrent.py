@@ -201,16 +201,23 @@ def test_cells(cell, steps, given):
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-12)
 
 
-def test_operations_in_place_on_the_output():
-    for model in (nn.LSTMCell(INPUTS, HIDDEN), nn.GRUCell(INPUTS, HIDDEN), nn.RNNCell(INPUTS, HIDDEN)):
-        x = torch.randn(N, INPUTS)
-        attach(model)
-        tree_leaves(model(x))[0].relu_().sum().backward()
-    for batch_first in (False, True):
-        model = nn.GRU(INPUTS, HIDDEN, batch_first=batch_first)
-        attach(model, example_dims=0 if batch_first else 1)
-        y, h = model(torch.randn(N, N + 1, INPUTS) if batch_first else torch.randn(N + 1, N, INPUTS))
-        (y.relu_().sum() + h.sum()).backward()
+@pytest.mark.parametrize(
+    ("make", "shape", "examples"),
+    [
+        *((lambda kind=kind: kind(INPUTS, HIDDEN), (N, INPUTS), 0) for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)),
+        (lambda: nn.GRU(INPUTS, HIDDEN, batch_first=True), (N, N + 1, INPUTS), 0),
+        (lambda: nn.GRU(INPUTS, HIDDEN), (N + 1, N, INPUTS), 1),
+    ],
+)
+def test_operations_in_place_on_the_output(make, shape, examples):
+    first, x, found = make(), torch.randn(shape), []
+    for relu in (torch.relu, torch.relu_):
+        model = copy.deepcopy(first)
+        stats = attach(model, example_dims=examples)
+        y, *states = tree_leaves(model(x))
+        (relu(y).sum() + sum(h.sum() for h in states)).backward()
+        found.append([*(p.grad for p in model.parameters()), *stats.second_moment.values()])
+    torch.testing.assert_close(*found)
 
 
 def test_input_without_examples_is_refused():
