@@ -94,8 +94,11 @@ class ContestStudy(Study[S]):
     @abstractmethod
     def findings(self, found: Contest) -> list[Finding]: ...
 
+    def analysed(self, results: Sequence[Result]) -> Contest:
+        return contest(self.settings, results)
+
     def outcome(self, results: Sequence[Result]) -> Outcome:
-        found = contest(self.settings, results)
+        found = self.analysed(results)
         return Outcome(
             tables=tables(found),
             findings=[*self.findings(found), *found.notes()],

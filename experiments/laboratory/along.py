@@ -9,7 +9,7 @@ from torch import nn
 
 from experiments.data import Dataset
 from experiments.laboratory.problem import backward, build
-from experiments.optimizers import attach_statistics, build_optimizer
+from experiments.optimizers import attach_statistics, build_optimizer, stepper
 from experiments.sampler import Sampler
 from experiments.schedule import learning_rate_schedule
 from experiments.schemas.optimizer import OptimizerConfig
@@ -25,16 +25,17 @@ def along(
     changed, and what is attached to it is the run's: `looked_at` gives a copy.
     """
     data, model = build(problem, seed)
-    step = build_optimizer(list(model.parameters()), optimizer, batch_size, max_norm=None)
-    attach_statistics(model, step, optimizer)
-    peak = step.param_groups[0]["lr"]
+    built = build_optimizer(list(model.parameters()), optimizer, batch_size, max_norm=None)
+    statistics = attach_statistics(model, built, optimizer)
+    step = stepper(built, batch_size if statistics is None else None)
+    peak = built.param_groups[0]["lr"]
     schedule = learning_rate_schedule(warmup, counts[-1], Decay.none)
     sampler = Sampler(len(data.train), batch_size, seed, torch.device("cpu"))
     for count in counts:
         for indices in sampler.until(count):
             backward(model, data.train.x[indices], data.train.y[indices])
-            step.param_groups[0]["lr"] = peak * schedule.mean(sampler.position - batch_size, sampler.position)
-            step.step()
+            built.param_groups[0]["lr"] = peak * schedule.mean(sampler.position - batch_size, sampler.position)
+            step()
         yield count, data, model
 
 

@@ -12,7 +12,7 @@ from experiments.laboratory.problem import loss_of, problem_of
 from experiments.train import train
 
 
-@pytest.mark.parametrize("method", ["adam", "batch_invariant_adam"])
+@pytest.mark.parametrize("method", ["adam", "batch_invariant_adam", "batch_invariant_sign_sgd"])
 def test_it_is_the_run_of_train(tmp_path: Path, method: str):
     config = compose_config([f"optimizer={method}", "tracker=none", "train.epochs=0.5", "train.warmup_examples=256"])
     record = train(config, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import laboratory
 from experiments.estimate import Finding
-from experiments.laboratory import estimators, horizons, micro_batch, preconditioner, sign_placement, token_or_sequence
+from experiments.laboratory import estimators, horizons, micro_batch, preconditioner, token_or_sequence
 from tests.experiments.contests import results, settings
 
 
@@ -93,10 +93,3 @@ def test_token_or_sequence():
     moved = results(study, lambda label, B: 1.0, best=lambda label, B: 2.0 * (B == 64), noise=1e-4)
     told = token_or_sequence.STUDY(study).outcome(moved).findings
     assert [finding.verdict for finding in told[8:12]] == ["does not hold"] * 4
-
-
-def test_sign_placement():
-    loss = {sign_placement.AVERAGE: 0.1, sign_placement.BEFORE: 0.2, sign_placement.AFTER: 0.3}
-    assert set(verdicts("sign_placement", lambda label, B: loss[label])) == {"holds"}
-    assert set(verdicts("sign_placement", lambda label, B: 1 - loss[label])) == {"does not hold"}
-    assert set(verdicts("sign_placement", lambda label, B: 0.1, noise=1.0)) == {"cannot be judged"}
