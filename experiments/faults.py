@@ -1,7 +1,7 @@
 """What a run loses when its processes are killed: nothing. Kills one after another with kill -9, and compares.
 
 python -m experiments.faults                                 20 kills among two processes; some minutes
-python -m experiments.faults --kills 3 optimizer=adam        with overrides of experiments.train
+python -m experiments.faults --kills 3 optimizer=adam        a shorter run; with overrides of experiments.train
 
 The same run is made twice under torchrun, once undisturbed. Of the other one a process is killed at a moment that is
 drawn after each first step, be it in a step, in an evaluation, or while a checkpoint is written; torchrun's elastic
@@ -38,15 +38,19 @@ from experiments.witness import Attempt, witnessed
 LATEST = 4.0  # seconds after the first step at which a process is killed: some checkpoints, or none
 POLL = 0.02  # seconds
 PATIENCE = 120.0  # seconds, for processes to start
-# Small steps and many checkpoints: a kill finds any part of the loop. Long enough for 20 kills at LATEST / 2 each.
+# Small steps and many checkpoints: a kill finds any part of the loop.
 RUN = (
     "experiment=digits",
     "tracker=none",
     "train.batch_size=4",
-    "train.epochs=80",
     "train.checkpoint_every_examples=512",
     "train.log_every_examples=512",
 )
+
+
+def disturbed_run(kills: int) -> tuple[str, ...]:
+    """The overrides of a run that is long enough for kills at LATEST / 2 each."""
+    return (*RUN, f"train.epochs={max(24, 4 * kills)}")
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Run:
         self.folder.mkdir(parents=True)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(self.processes), "--max-restarts", str(restarts)]
-        command += ["-m", "experiments.witness", str(self.witnesses), *RUN, *overrides]
+        command += ["-m", "experiments.witness", str(self.witnesses), *overrides]
         command += [f"directory={self.directory}", "resume=true"]
         with (
             (self.folder / "output.txt").open("w") as output,
@@ -118,6 +122,7 @@ def disturb(run: Run, torchrun: subprocess.Popen[bytes], kills: int, draw: rando
         if torchrun.poll() is None:
             os.kill(run.attempt(number)[rank].pid, signal.SIGKILL)
             killed.append(rank)
+            print(f"killed process {rank}, {len(killed)} of {kills}", flush=True)
     return killed
 
 
@@ -165,8 +170,10 @@ def final(run: Run) -> dict[str, Any]:
 def examine(output: Path, kills: int, processes: int, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Both runs; each kill, and for each part of the results whether it is the same."""
     whole, disturbed = (Run(output / name, processes) for name in ("undisturbed", "killed"))
+    print(f"a run that is left alone: {whole.folder}", flush=True)
     with whole.started(0, overrides) as torchrun:
         whole.finish(torchrun)
+    print(f"a run that is killed: {disturbed.folder}", flush=True)
     with disturbed.started(kills, overrides) as torchrun:
         ranks = disturb(disturbed, torchrun, kills, random.Random(seed))
         disturbed.finish(torchrun)
@@ -192,12 +199,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
+    # torchrun is ended on the way out, and not left behind by one who ends this.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    overrides = [*disturbed_run(arguments.kills), *arguments.overrides]
     with command_line():
-        found = examine(
-            arguments.output.absolute(), arguments.kills, arguments.processes, arguments.seed, arguments.overrides
-        )
+        found = examine(arguments.output.absolute(), arguments.kills, arguments.processes, arguments.seed, overrides)
         about = {"date": date.today().isoformat(), "machine": machine(threads=1), "processes": arguments.processes}
-        about |= {"overrides": [*RUN, *arguments.overrides]}
+        about |= {"overrides": overrides}
         path = arguments.output / "faults.json"
         with atomic_write(path) as file:
             file.write((json.dumps(about | found, indent=1) + "\n").encode())

@@ -62,7 +62,7 @@ SHORTENED = {
     "python -m experiments.benchmark": ["--quick", "-c", "plain", "loop"],
     "python -m experiments.benchmark mlp gpt -c 'ours-*'": ["--quick"],
     "python -m experiments.optimizer_benchmark": ["--parameters", "1e4", "--shapes", "mlp", "--steps", "2"],
-    "python -m experiments.faults": ["--kills", "1", "train.epochs=24"],
+    "python -m experiments.faults": ["--kills", "1"],
     "python -m experiments.sampled": ["--epochs", "0.1", "--seeds", "0"],
     "python -m experiments.estimators": [
         "--tasks",

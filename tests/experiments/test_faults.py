@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from experiments import witness
 from experiments.errors import UserError
-from experiments.faults import Run, trajectory
+from experiments.faults import Run, disturbed_run, trajectory
 from experiments.witness import Attempt, witnessed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,15 +68,35 @@ def test_a_gap_between_attempts_is_found(tmp_path: Path) -> None:
         trajectory(run, 2)
 
 
+def test_a_run_is_as_long_as_its_kills_ask_for() -> None:
+    assert [disturbed_run(kills)[-1] for kills in (1, 6, 20)] == [f"train.epochs={n}" for n in (24, 24, 80)]
+
+
+def typed(output: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "experiments.faults", "--output", str(output), *arguments]
+
+
 def faults(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "experiments.faults", "--output", str(output), *arguments]
+    command = typed(output, *arguments)
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=540, env=os.environ)
 
 
 @pytest.mark.slow
 def test_runs_that_are_killed_end_as_one_that_is_not(tmp_path: Path) -> None:
-    ended = faults(tmp_path, "--kills", "2", "optimizer=adam", "train.epochs=24")
+    ended = faults(tmp_path, "--kills", "2", "optimizer=adam")
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "faults.json").read_text())
     assert set(found["same"].values()) == {True} and len(found["same"]) == 4
     assert len(found["kills"]) == 2 and all(kill["resumed"] <= kill["seen"] for kill in found["kills"])
+
+
+@pytest.mark.slow
+def test_who_ends_it_leaves_no_process_behind(tmp_path: Path) -> None:
+    with subprocess.Popen(typed(tmp_path), cwd=ROOT) as started:
+        while not (process := witnessed(tmp_path / "undisturbed" / "witnesses", 0, 1).pid):
+            assert started.poll() is None
+            time.sleep(0.1)
+        started.terminate()
+    assert started.returncode == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
