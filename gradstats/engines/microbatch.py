@@ -111,13 +111,13 @@ class MicrobatchHandle(OutsideHandle):
         found = sorted(set(sizes))
         if len(found) > 1:
             raise LifetimeError(
-                f"the backward passes since zero_grad() were over {', '.join(map(str, sizes))} examples: "
+                f"the backward passes since zero_grad() were over {', '.join(f'{n:g}' for n in sizes)} examples: "
                 f"squares of gradients of unequal micro-batches do not add up. Make them equal (drop_last=True), or "
                 f"use engine='fused'"
             )
         if self._declared_size not in (None, found[0]):
             raise LifetimeError(
-                f"every backward pass is one micro-batch, and these were over {found[0]} examples, not over "
+                f"every backward pass is one micro-batch, and these were over {found[0]:g} examples, not over "
                 f"microbatch_size={self._declared_size}: backpropagate as many at a time, or use engine='fused'"
             )
         return int(found[0])
