@@ -132,8 +132,8 @@ class AdaptiveBatchSize:
             could; smaller fractions save examples, larger ones steps.
         grow_only: noise scales grow over a run, mostly.
 
-    `noise` is the NoiseScale. `update` waits for the device. Ranks that see different batches decide differently:
-    call it on one and broadcast.
+    `noise` is the NoiseScale. `update` waits for the device. Under DistributedDataParallel and FSDP2 sizes are those of
+    all ranks together, which decide alike: docs/distributed.md has the loop.
 
     Source: McCandlish et al., arXiv:1812.06162, appendix D, on batch sizes that follow the noise scale.
     """

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
 
 from gradstats.distributed.local import whole
 from gradstats.errors import GradstatsError
@@ -22,11 +23,12 @@ NAMES = [row.name for row in ROWS if row.unit == 1]
 SOME = ["adamw", "adam R=64", "saturating sgd", "adascale"]
 
 
-def model_of(sharded):
-    if sharded:
+def model_of(sharded, replicated=False):
+    if sharded and not replicated:
         return made("mlp")[0]
     torch.manual_seed(1)
-    return MODELS["mlp"][0]().double()
+    model = MODELS["mlp"][0]().double()
+    return DistributedDataParallel(model) if replicated else model
 
 
 def prepared(name, model):
@@ -52,9 +54,9 @@ def numbers(model):
     return torch.cat([whole(p).detach().flatten() for p in model.parameters()])
 
 
-def saved(name, path):
+def saved(name, path, replicated=False):
     """Parameters after 2 STEPS, in the middle of which they are saved."""
-    model = model_of(dist.is_initialized())
+    model = model_of(dist.is_initialized(), replicated)
     optimizer = prepared(name, model)
     train(model, optimizer, 0)
     state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
@@ -63,9 +65,9 @@ def saved(name, path):
     return numbers(model)
 
 
-def continued(name, path):
+def continued(name, path, replicated=False):
     """The same of another model, from where it was saved on."""
-    model = model_of(dist.is_initialized())
+    model = model_of(dist.is_initialized(), replicated)
     optimizer = prepared(name, model)
     with torch.no_grad():
         for p in model.parameters():
@@ -113,6 +115,13 @@ def test_saved_by_two_ranks_loaded_by_one(two, tmp_path):
 def test_saved_by_one_rank_loaded_by_two(two, tmp_path):
     whole_run = saved("adamw", str(tmp_path))
     for found in two(continued, "adamw", str(tmp_path)):
+        assert (found - whole_run).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
+def test_replicas_and_shards_load_each_other(two, tmp_path, before, after):
+    whole_run = two(saved, "adamw", str(tmp_path), before)[0]
+    for found in two(continued, "adamw", str(tmp_path), after):
         assert (found - whole_run).abs().max() <= 1e-9
 
 
