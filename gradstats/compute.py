@@ -94,7 +94,7 @@ def compute(
         with handle, torch.enable_grad():
             loss = loss_fn(call(model, x), y)
             loss.backward()
-            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            gradients = {name: p.grad for name, p in handle.model.named_parameters() if p.grad is not None}
             # A parameter that the loss does not depend on has no gradient, and no statistics.
             served = [name for name in handle.parameters() if name in gradients]
             found = {name: {p: handle.read(name)[p] for p in served} for name in handle.statistics}

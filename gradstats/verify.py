@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradstats.arguments import ExampleDims
@@ -100,6 +101,8 @@ def verify(
         raise GradstatsError("verify attaches a copy of its own: detach() the model first, or verify before attach")
     if is_sharded(model):
         raise GradstatsError("verify copies the model, which fully_shard forbids: verify it before fully_shard")
+    if isinstance(model, DistributedDataParallel):
+        raise GradstatsError("verify compares with passes of this process alone: give it the module inside of DDP")
     if granularity == "token":
         raise GradstatsError("verify has no oracle for single positions: choose 'example' or 'microbatch'")
     refuse_losses(engine)

@@ -241,6 +241,25 @@ def test_unequal_ranks_are_no_micro_batches(two):
     two(unequal_microbatches)
 
 
+def computed():
+    model, x, y = problem()
+    alone, *_ = problem()
+    ddp = ddp_of(model)
+    result = gradstats.compute(ddp, loss_of, share(x[:8]), share(y[:8]), FEW)
+    expected = gradstats.compute(alone, loss_of, x[:8], y[:8], FEW)
+    for name in ("second_moment", "variance", "norms"):
+        assert result[name].keys() == expected[name].keys()
+        for parameter, value in expected[name].items():
+            torch.testing.assert_close(result[name][parameter], value)
+    torch.testing.assert_close(result.gradients, expected.gradients)
+    with pytest.raises(GradstatsError, match="module inside of DDP"):
+        gradstats.verify(ddp, loss_of, x[:8], y[:8])
+
+
+def test_compute_is_that_of_all_examples(two):
+    two(computed)
+
+
 def random_signs():
     """With all probes, exact on every rank."""
     model, x, y = problem()
