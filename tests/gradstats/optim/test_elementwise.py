@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from gradstats.native import adam as native_adam
 from gradstats.optim import BatchInvariantAdam, BatchInvariantSGD, elementwise
+from gradstats.optim.adam import AdamUpdate
+from gradstats.optim.moment import Moment
 from gradstats.optim.update import Update
 
 D = torch.float64
@@ -132,6 +135,19 @@ def test_phases_and_clipping(compiled):
         elementwise.run(Toy(), phase, found, SCALARS | {"clip": torch.tensor(0.5)}, compiled)
     torch.testing.assert_close(found["parameter"][0], p)
     torch.testing.assert_close(found["a"][0], a)  # the average itself is not clipped
+
+
+@pytest.mark.parametrize("phases", [("both",), ("averages", "move")])
+@pytest.mark.parametrize("way", ["plain", "compiled", "native"])
+def test_autograd_is_told_of_what_was_written(way, phases):
+    """So that a graph from before the step, which saved the parameters, is refused."""
+    update = AdamUpdate(Moment(False))
+    found = {name: [torch.rand(5)] for name in ("parameter", "gradient", *update.buffers)}
+    scalars = dict.fromkeys(native_adam.SCALARS, 0.5)
+    before = {name: t._version for name, (t,) in found.items()}
+    for phase in phases:
+        elementwise.run(update, phase, found, scalars, compiled=way == "compiled", ready=way == "native")
+    assert {name for name, (t,) in found.items() if t._version > before[name]} == {"parameter", *update.buffers}
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
