@@ -295,13 +295,14 @@ class Account:
         for s in self.shadows.values():
             s.grad = None
         self.steps.clear()
+        begins = not self.generations
         self.generations.add(generation)
         self.told = generation + 1
         self.elsewhere += elsewhere
         if self.totals is None:
             self.totals = Totals(ranks)
         self.totals.add(found)
-        self.left = self.handle.note_average(self.parameter)
+        self.left = self.handle.note_average(self.parameter, begins)
 
     def close(self) -> None:
         """Takes the hooks off the parameter."""

@@ -188,11 +188,11 @@ class Handle(Readable):
         """What is kept of p.grad after a backward pass."""
         return Left(gradient, self.reads_gradient, self.follows_clipping)
 
-    def note_average(self, parameter: Tensor) -> Left:
-        """The same once ranks have averaged p.grad."""
+    def note_average(self, parameter: Tensor, begins: bool) -> Left:
+        """The same once ranks have averaged p.grad; `begins`: which is the first of its window on this one."""
         assert parameter.grad is not None
         if self.loss_scale is not None:
-            self.loss_scale.averaged(parameter, parameter.grad)
+            self.loss_scale.averaged(parameter, parameter.grad, begins)
         return self.note(parameter.grad)
 
     def __repr__(self) -> str:

@@ -84,10 +84,11 @@ class LossScale:
             note.largest, note.left = largest(p.grad), state_of(p.grad)
 
     @torch.no_grad()
-    def averaged(self, p: Tensor, gradient: Tensor) -> None:
-        """Ranks have averaged p.grad since it was accumulated, which need not have been on this one."""
+    def averaged(self, p: Tensor, gradient: Tensor, begins: bool) -> None:
+        """Ranks have averaged p.grad since it was accumulated, which need not have been on this one: then the window
+        `begins` with it."""
         note = self._notes.get(p)
-        if note is None:
+        if note is None or begins:
             self._notes[p] = self._noted(p, gradient)
         else:
             note.largest, note.left = largest(gradient), state_of(gradient)

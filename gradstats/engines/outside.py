@@ -37,6 +37,7 @@ class Sums:
     steps: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # sums with an entry a pass
     left: Left | None = None  # p.grad after the last pass
     unseen: bool = False  # p.grad holds more than the passes added
+    zeroed: bool = False  # p.grad was, before the last pass, in which another rank may have added to it
     of_all: Totals | None = None  # over all ranks, up to the pass `told`
     elsewhere: list[float] = field(default_factory=list)  # examples of every pass of other ranks in it
     told: int = 0
@@ -98,6 +99,12 @@ class OutsideHandle(Handle):
         """What a backward pass that added `gradient` to a parameter adds to its sums."""
 
     # Backward
+
+    def begin_pass(self) -> None:
+        """Before anything is accumulated."""
+        if self.exchange is not None:
+            for name, own in self._sums.items():
+                own.zeroed = self.fresh(name)
 
     def fresh(self, name: str) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
@@ -193,6 +200,8 @@ class OutsideHandle(Handle):
     def _unsent(self, own: Sums | None) -> list[int]:
         """Backward passes that are one parameter's, and that other ranks have not been told of."""
         first = self._told + 1 if own is None else max(own.first, own.told + 1)
+        if own is not None and own.zeroed:
+            first = self._count
         return [index for index in self._sizes if index >= first]
 
     def averaged(self, name: str) -> float:
@@ -202,8 +211,7 @@ class OutsideHandle(Handle):
     def unsent(self, name: str, kind: str) -> Tensor | None:
         own, under_way = self._sums.get(name), self._passes.current
         if under_way is None or name not in under_way.arrived:
-            known = own is not None and bool(self._unsent(own)) and self.parameters()[name].grad is not None
-            return self._own(own, kind) if known and own is not None else None
+            return self._own(own, kind) if own is not None and not own.zeroed and self._unsent(own) else None
         new = self.found_in(under_way, name)[kind]
         if own is None or name in under_way.began or kind not in own.totals:
             return new
@@ -221,14 +229,17 @@ class OutsideHandle(Handle):
             p = self.parameters()[name]
             if p.grad is None:
                 continue
-            own = self._sums.setdefault(name, Sums(min(self._sizes, default=self._count)))
+            if (known := self._sums.get(name)) is None or known.zeroed:
+                first = min(self._sizes, default=self._count) if known is None else self._count
+                self._sums[name] = Sums(first)
+            own = self._sums[name]
             own.totals.clear()
             own.steps.clear()
             own.told = self._count
             own.elsewhere += counts.sizes_elsewhere(counted)
             own.of_all = own.of_all or Totals(ranks)
             own.of_all.add({kind: value for (owner, kind), value in found.items() if owner == name})
-            own.left = self.note_average(p)
+            own.left = self.note_average(p, begins=own.left is None)
         self._elsewhere += counts.elsewhere(counts.examples)
         self._told = self._count
 

@@ -101,6 +101,7 @@ class Passes:
         """The backward pass under way. It ends with the last of its graph tasks: reentrant checkpointing nests them."""
         if self.current is None:
             self.current = Pass()
+            self.handle.begin_pass()
         current, task = self.current, torch._C._current_graph_task_id()
         if task not in current.tasks:
             current.tasks.add(task)

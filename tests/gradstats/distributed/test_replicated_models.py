@@ -63,6 +63,42 @@ def test_parameters_that_a_rank_does_not_use(two):
     two(unused)
 
 
+def begun_anew(engine, follow=False):
+    """A layer's gradient is zeroed, others are kept, and the next backward pass reaches it on rank 0 alone; or all are
+    zeroed, and the scale of the loss is another one."""
+    _, x, y = problem()
+    model = Branches().double()
+    alone = copy.deepcopy(model)
+    ddp = ddp_of(model, find_unused_parameters=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=follow)
+    stats = gradstats.attach(ddp, "second_moment", engine=engine, grad_scaler=scaler if follow else None)
+    expected = gradstats.attach(alone, "second_moment", engine=engine)
+    for step in range(2):
+        taken = [True, step == 0]
+        rows = torch.arange(8 * step, 8 * step + 8)
+        scaler.scale(loss_of(ddp(share(x[rows]), taken[rank_of()[0]]), share(y[rows]))).backward()
+        for rank in range(2):
+            own = rows[4 * rank : 4 * rank + 4]
+            (loss_of(alone(x[own], taken[rank]), y[own]) / 2).backward()
+        if step == 0:
+            for m in (model, alone):
+                (m if follow else m.some).zero_grad()
+            if follow:
+                scaler.update(2.0)
+    for name in ("first.weight", "some.weight", "some.bias", "last.weight"):
+        check_equal({("", name): stats.second_moment[name]}, {("", name): expected.second_moment[name]})
+
+
+@pytest.mark.parametrize("engine", ["fused", "microbatch"])
+def test_gradients_zeroed_in_part_begin_a_window_on_all_ranks(two, engine):
+    two(begun_anew, engine)
+
+
+@pytest.mark.parametrize("engine", ["fused", "microbatch"])
+def test_the_scale_of_a_loss_is_known_to_ranks_that_do_not_use_a_layer(two, engine):
+    two(begun_anew, engine, True)
+
+
 def narrow():
     """Gradients in bfloat16, sums in float32: these follow, in one all-reduce."""
     model, x, y = problem("mlp", torch.bfloat16)
