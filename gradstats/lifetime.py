@@ -167,8 +167,13 @@ class Lifetime:
             if all(account.fresh for account in self.accounts if account.trainable):
                 self.zero()
                 self.turns.begin(gathers)
-            else:
-                self._begin_some(gathers)
+            elif self.turns.every > 1 and any(account.fresh for account in self.accounts if account.generations):
+                self.turns.begin(gathers)  # of these parameters: the gradients of others are kept
+            if self.handle.exchange is not None:
+                # Other ranks may reach what this one does not; and views of a bucket share the mark of being changed.
+                for account in self.accounts:
+                    if account.generations:
+                        account.begin_use(self.backward_passes, self.first_open)
         self.current, self._gathers = generation, gathers
         if not gathers:
             self.plain.add(generation)
@@ -183,18 +188,6 @@ class Lifetime:
             )
         for account in accounts:
             account.begin_use(self.backward_passes, self.first_open)
-
-    def _begin_some(self, gathers: bool) -> None:
-        """A new window begins for parameters whose gradients were zeroed while those of others were kept. With other
-        ranks, here: they may reach such a parameter in this backward pass where this one does not."""
-        if self.turns.every == 1 and self.handle.exchange is None:
-            return
-        zeroed = [account for account in self.accounts if account.generations and account.fresh]
-        if self.turns.every > 1 and zeroed:
-            self.turns.begin(gathers)
-        if self.handle.exchange is not None:
-            for account in zeroed:
-                account.reset(self.first_open)
 
     def begin_plain(self, title: str, accounts: Sequence[Account], n: int, generation: int) -> None:
         """The same as `begin_backward` for a leaf's call that gathers nothing, as it does not without examples."""

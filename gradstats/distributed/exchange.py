@@ -91,10 +91,16 @@ class Exchange:
         self._joins = ddp._join_config.enable
         if self._joins:
             for handle in self.handles:
-                self._check_join(handle)
+                self._check_join(ddp, handle)
 
-    def _check_join(self, handle: Handle) -> None:
+    def _check_join(self, ddp: DistributedDataParallel, handle: Handle) -> None:
         """Ranks that have joined take part in what DDP sends, and in nothing else. Raises: GradstatsError."""
+        if not ddp._divide_by_initial_world_size:
+            raise GradstatsError(
+                "torch's Join divides by the number of ranks that are left (divide_by_initial_world_size=False) only "
+                "where DDP has no communication hook, and statistics go by one: leave the option away, so that the "
+                "losses of all ranks weigh the same in every step"
+            )
         narrow = any(accumulation_dtype(p.dtype) != p.dtype for p in self.averaged(handle).values())
         if narrow or handle.others or handle.every > 1 or not (self._hooked and self.rides and handle.counts_early):
             raise GradstatsError(

@@ -105,6 +105,7 @@ class OutsideHandle(Handle):
         if self.exchange is not None:
             for name, own in self._sums.items():
                 own.zeroed = self.fresh(name)
+                own.unseen |= not (own.zeroed or self.untouched(name))
 
     def fresh(self, name: str) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""

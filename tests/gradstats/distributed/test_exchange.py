@@ -227,18 +227,27 @@ def test_join(two):
     two(joined)
 
 
-def joined_with_norms():
+def refused_within_join(statistics, message, **options):
     model, x, _ = problem()
     ddp = ddp_of(model)
-    gradstats.attach(ddp, *FEW)
+    gradstats.attach(ddp, *statistics)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Detected uneven inputs|You passed `throw_on")
-        with pytest.raises(GradstatsError, match=r"torch's Join.*sums over examples"), Join([ddp]):
+        with pytest.raises(GradstatsError, match=message), Join([ddp], **options):
             ddp(share(x[:8]))
 
 
 def test_join_with_norms_is_refused(two):
-    two(joined_with_norms)
+    two(refused_within_join, FEW, r"torch's Join.*sums over examples")
+
+
+def joined_among_those_left():
+    """DDP's own division by the number of ranks that are left is not that of a communication hook."""
+    refused_within_join(FEW[:2], "divide_by_initial_world_size=False", divide_by_initial_world_size=False)
+
+
+def test_a_mean_over_the_ranks_that_are_left_is_refused(two):
+    two(joined_among_those_left)
 
 
 def wrapped_again():

@@ -99,6 +99,36 @@ def test_the_scale_of_a_loss_is_known_to_ranks_that_do_not_use_a_layer(two, engi
     two(begun_anew, engine, True)
 
 
+def kept(change, engine):
+    """Gradients are kept, and the next backward pass reaches a layer on rank 0 alone."""
+    _, x, y = problem()
+    model = Branches().double()
+    alone = copy.deepcopy(model)
+    ddp = ddp_of(model, find_unused_parameters=True, gradient_as_bucket_view=engine == "fused")
+    stats, expected = (gradstats.attach(m, "second_moment", engine=engine) for m in (ddp, alone))
+    for step in range(2):
+        taken = [True, step == 0]
+        rows = torch.arange(8 * step, 8 * step + 8)
+        loss_of(ddp(share(x[rows]), taken[rank_of()[0]]), share(y[rows])).backward()
+        for rank in range(2):
+            own = rows[4 * rank : 4 * rank + 4]
+            (loss_of(alone(x[own], taken[rank]), y[own]) / 2).backward()
+        if change and step == 0:
+            model.some.weight.grad.mul_(0.5)
+    if change:
+        with pytest.raises(LifetimeError, match=r"'some.weight' holds more"):
+            stats.second_moment["some.weight"]
+    else:
+        used = ("first.weight", "some.weight", "some.bias", "last.weight", "last.bias")
+        check_equal(*({("", name): found.second_moment[name] for name in used} for found in (stats, expected)))
+
+
+@pytest.mark.parametrize("engine", ["fused", "microbatch"])
+@pytest.mark.parametrize("change", [False, True])
+def test_gradients_that_are_kept_are_known_on_all_ranks(two, change, engine):
+    two(kept, change, engine)
+
+
 def narrow():
     """Gradients in bfloat16, sums in float32: these follow, in one all-reduce."""
     model, x, y = problem("mlp", torch.bfloat16)
