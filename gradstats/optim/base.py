@@ -7,13 +7,14 @@ the optimizer's equation, over all its elements.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradstats.distributed.local import local
 from gradstats.errors import GradstatsError
 from gradstats.optim.bound import clip_factors
 from gradstats.optim.elementwise import WORTH_COMPILING, compiler, run
@@ -22,6 +23,23 @@ from gradstats.optim.options import Check, check_options
 from gradstats.optim.parts import Age, Part, parts_of
 from gradstats.optim.saved import check_saved, restore, with_held
 from gradstats.optim.update import Update
+from gradstats.sums import addressable
+
+
+def check_memory(parameters: Iterable[Tensor]) -> None:
+    """Raises: GradstatsError for two parameters in the same memory: a step moves many at once, from where they were, so
+    that one's change would be lost."""
+    known: dict[int, Tensor] = {}
+    for p in parameters:
+        t = local(p)
+        if not addressable(t) or t.device.type == "meta" or t.numel() == 0:
+            continue
+        other = known.setdefault(t.data_ptr(), p)
+        if other is not p:
+            raise GradstatsError(
+                f"two parameters, of shapes {tuple(other.shape)} and {tuple(p.shape)}, are views of the same numbers: "
+                f"let modules share one parameter (b.weight = a.weight, not nn.Parameter(a.weight.data))"
+            )
 
 
 class ExampleOptimizer(Optimizer):
@@ -90,6 +108,7 @@ class ExampleOptimizer(Optimizer):
             group["lr"] = group["lr"].clone()  # a schedule would change one tensor once for each group
         try:
             self.check(group)
+            check_memory([p for group in self.param_groups for p in group["params"]])
         except GradstatsError:
             self.param_groups.pop()
             raise
