@@ -295,6 +295,8 @@ class Account:
         for s in self.shadows.values():
             s.grad = None
         self.steps.clear()
+        if self._subject is None:  # not used on this rank yet, whose optimizer moves it nevertheless
+            self.handle.register(self.parameter, self.name)
         begins = not self.generations
         self.generations.add(generation)
         self.told = generation + 1

@@ -17,10 +17,12 @@ from tests.gradstats.distributed.replicas import (
     ddp_of,
     loss_of,
     of_one_process,
+    ours,
     problem,
     rank_of,
     read,
     share,
+    vector,
 )
 
 
@@ -61,6 +63,30 @@ def unused():
 
 def test_parameters_that_a_rank_does_not_use(two):
     two(unused)
+
+
+def moved():
+    """Rank 0 has not used a layer before its optimizer moves it."""
+    _, x, y = problem()
+    model = Branches().double()
+    alone = copy.deepcopy(model)
+    ddp = ddp_of(model, find_unused_parameters=True)
+    for m in (ddp, alone):
+        gradstats.attach(m)
+    optimizers = ours(model), ours(alone)
+    for taken in ([False, True], [False, True], [True, False]):
+        loss_of(ddp(share(x[:8]), taken[rank_of()[0]]), share(y[:8])).backward()
+        for rank in range(2):
+            rows = slice(4 * rank, 4 * rank + 4)
+            (loss_of(alone(x[rows], taken[rank]), y[rows]) / 2).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (vector(model) - vector(alone)).norm() <= 1e-9 * vector(alone).norm()
+
+
+def test_an_optimizer_moves_what_its_rank_has_not_used(two):
+    two(moved)
 
 
 def begun_anew(engine, follow=False):
