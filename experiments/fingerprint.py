@@ -31,16 +31,25 @@ def identity(config: Config) -> dict[str, Any]:
     runs that were made before stay what they are. With a checksum of what is in data.path, and of this Python's help
     texts where they are the data: both may become others.
     """
-    kept: dict[str, Any] = {key: value for key, value in as_dict(config).items() if key not in NOT_IN_FINGERPRINT}
-    for key, values in kept.items():
-        if dataclasses.is_dataclass(member := getattr(config, key)):
-            later = {f.name for f in dataclasses.fields(member) if getattr(member, f.name) == f.default}
-            kept[key] = {name: value for name, value in values.items() if name not in later}
+    deciding = {key: value for key, value in as_dict(config).items() if key not in NOT_IN_FINGERPRINT}
+    kept = without_defaults(deciding, config)
     path = getattr(config.data, "path", None)
     if path is not None and (found := content(Path(path))) is not None:
         kept["data"]["content"] = found
     if isinstance(config.data, TextConfig) and not isinstance(config.data, FileTextConfig):
         kept["data"]["content"] = hashlib.sha256(help_texts()).hexdigest()
+    return kept
+
+
+def without_defaults(values: dict[str, Any], like: Config) -> dict[str, Any]:
+    """Groups without the options that have the default of their schema, which is that of the configuration `like`."""
+    kept = dict(values)
+    for key in kept:
+        if dataclasses.is_dataclass(member := getattr(like, key)) and isinstance(kept[key], dict):
+            defaults = {f.name: f.default for f in dataclasses.fields(member)}
+            kept[key] = {
+                name: value for name, value in kept[key].items() if value != defaults.get(name, dataclasses.MISSING)
+            }
     return kept
 
 

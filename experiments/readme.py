@@ -17,6 +17,7 @@ from experiments.atomic import atomic_write
 from experiments.description import Description
 from experiments.documents import fill, markdown
 from experiments.errors import UserError, command_line
+from experiments.recorded import essential
 from experiments.report import Shown
 
 README = Path("README.md")
@@ -28,7 +29,7 @@ def section(outcome: Shown, description: Description) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in description.environment.items())
     told = [f"- {f.bar}: **{f.verdict}**. {f.sentence}" if f.verdict else f"- {f.sentence}" for f in outcome.findings]
     parts = [
-        f"`{description.command}`, {len(description.jobs)} runs; {machine}.",
+        f"`{essential(description.command)}`, {len(description.jobs)} runs; {machine}.",
         "\n".join(told),
         *map(markdown, outcome.tables[:3]),
     ]

@@ -14,7 +14,8 @@ from experiments.catalogue import Experiment
 from experiments.description import OUTCOME, Description, Summary
 from experiments.errors import UserError
 from experiments.estimate import Finding
-from experiments.fingerprint import NOT_IN_FINGERPRINT, as_dict
+from experiments.fingerprint import NOT_IN_FINGERPRINT, as_dict, without_defaults
+from experiments.schemas.run import Config
 
 FOLDER = Path("docs/results")
 FIGURE = "figure.png"  # as a study's directory has it
@@ -70,17 +71,18 @@ def finished(experiment: Experiment) -> Recorded | None:
             description, summary = Description.load(one.directory), Summary.load(one.directory)
             # A study that runs again with other settings has described itself, and not yet found anything.
             current = description.command == summary.command and len(description.jobs) == summary.jobs
-            if current and deciding(description.config) == deciding(as_dict(one.config)):
+            if current and deciding(description.config, one.config) == deciding(as_dict(one.config), one.config):
                 summary = replace(summary, command=essential(summary.command))
                 return Recorded(form, len(description.config["study"]["seeds"]), summary)
     return None
 
 
-def deciding(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a study's configuration decides its findings: overrides on the command line make another experiment."""
+def deciding(config: dict[str, Any], like: Config) -> dict[str, Any]:
+    """What of a study's configuration decides its findings: overrides on the command line make another experiment.
+    `like` has the schema's defaults, which results from before there was such an option have."""
     kept = {key: value for key, value in config.items() if not elsewhere(key)}
     study = {key: value for key, value in config["study"].items() if not elsewhere(f"study.{key}")}
-    return kept | {"study": study}
+    return without_defaults(kept | {"study": study}, like)
 
 
 def essential(command: str) -> str:

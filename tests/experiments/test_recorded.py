@@ -50,6 +50,16 @@ def test_a_study_that_runs_again_is_not_finished(
     assert finished(experiment) is None
 
 
+@pytest.mark.parametrize(("value", "expected"), [("example", True), ("token", False)])
+def test_results_from_before_an_option_have_its_default(experiment: Experiment, value: str, expected: bool) -> None:
+    path = write(experiment) / FILE
+    told = json.loads(path.read_text())
+    del told["config"]["engine"]["probes"]
+    told["config"]["engine"]["granularity"] = value
+    path.write_text(json.dumps(told))
+    assert (finished(experiment) is not None) == expected
+
+
 def test_what_is_saved_is_read_again(experiment: Experiment) -> None:
     write(experiment)
     found = finished(experiment)
