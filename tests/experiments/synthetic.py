@@ -84,7 +84,7 @@ def write(directory: Path, records: list[Record]) -> Path:
     Description(
         config={"name": "synthetic", "study": asdict(settings)},
         jobs=jobs,
-        command="python -m experiments.train experiment=demo 'name=a b'",
+        command="python -m experiments.train experiment=demo 'data.path=a b'",
         environment=environment(threads=1),
     ).save(directory)
     return directory
