@@ -85,7 +85,7 @@ def test_times_are_told_in_one_unit() -> None:
 
 
 def test_overrides_that_decide_no_number_are_not_told() -> None:
-    command = "python -m experiments.train experiment=demo directory=/x tracker.mode=online 'data.path=a b' study.workers=1"
+    command = "python -m experiments.train experiment=demo directory=/x tracker.mode=online 'name=a b' study.workers=1"
     assert essential(command) == "python -m experiments.train experiment=demo"
     assert essential(f"{command} study.seeds=[0]").endswith("experiment=demo 'study.seeds=[0]'")
 
