@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.data import Dataset
 from experiments.laboratory.problem import backward, build
@@ -17,14 +18,23 @@ from experiments.schemas.run import Decay
 
 
 def along(
-    problem: str, optimizer: OptimizerConfig, batch_size: int, warmup: int, seed: int, counts: Sequence[int]
+    problem: str,
+    optimizer: OptimizerConfig,
+    batch_size: int,
+    warmup: int,
+    seed: int,
+    counts: Sequence[int],
+    labels: Tensor | None = None,
 ) -> Iterator[tuple[int, Dataset, nn.Module]]:
     """Comes back after each count of examples, all multiples of the batch size, ascending, with the data and the model.
 
-    The run is that of experiments.train with these settings: same initial model, same examples. The model is not to be
-    changed, and what is attached to it is the run's: `looked_at` gives a copy.
+    The run is that of experiments.train with these settings: same initial model, same examples, with these labels in
+    place of the training set's if there are any. The model is not to be changed, and what is attached to it is the
+    run's: `looked_at` gives a copy.
     """
     data, model = build(problem, seed)
+    if labels is not None:
+        data = dataclasses.replace(data, train=dataclasses.replace(data.train, y=labels))
     built = build_optimizer(list(model.parameters()), optimizer, batch_size, max_norm=None)
     statistics = attach_statistics(model, built, optimizer)
     step = stepper(built, batch_size if statistics is None else None)

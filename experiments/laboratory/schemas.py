@@ -209,6 +209,19 @@ class ContestConfig(StudyConfig):
     octaves: list[float] = MISSING
 
 
+@dataclass
+class GradientDiversityConfig(StudyConfig):
+    """shares: of the training labels that are wrong, the first of them 0; epochs: after which a run is looked at, the
+    first of them 0; early: the one of them at which claims are about unlearnt labels; sample: examples whose gradients
+    are compared in pairs."""
+
+    method: str = MISSING
+    shares: list[float] = MISSING
+    epochs: list[float] = MISSING
+    early: float = MISSING
+    sample: int = MISSING
+
+
 STUDIES: dict[str, type[StudyConfig]] = {
     "running_averages": RunningAveragesConfig,
     "sgd_momentum": SGDMomentumConfig,
@@ -227,4 +240,5 @@ STUDIES: dict[str, type[StudyConfig]] = {
     "token_or_sequence": ContestConfig,
     "horizons": ContestConfig,
     "estimators": ContestConfig,
+    "gradient_diversity": GradientDiversityConfig,
 }

@@ -32,3 +32,19 @@ def test_a_copy_is_attached_to_nothing():
     copy = looked_at(problem_of(config), 0, model)
     assert not copy.training and type(copy) is torch.nn.Sequential is not type(model)
     assert all(torch.equal(a, b) for a, b in zip(copy.parameters(), model.parameters(), strict=True))
+
+
+def test_other_labels_are_those_that_it_learns():
+    config = compose_config(["model.dropout=0"])
+    problem = problem_of(config)
+
+    def last(labels: torch.Tensor | None):
+        *_, (_, data, model) = along(problem, config.optimizer, 16, 0, 0, [16, 1440], labels)
+        return data, looked_at(problem, 0, model)
+
+    data, plain = last(None)
+    _, same = last(data.train.y.clone())
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), same.parameters(), strict=True))
+    shifted, other = last((data.train.y + 1) % 10)
+    assert torch.equal(shifted.train.y, (data.train.y + 1) % 10) and shifted.test is data.test
+    assert loss_of(other, shifted.train) < 1 < loss_of(other, data.train)
