@@ -148,3 +148,9 @@ def ratio_of_means(first: Array, second: Array) -> Estimate:
     """Of values (S,) of the same seeds."""
     pairs = np.stack([first, second], axis=1)
     return over_seeds(pairs, lambda rows: float(rows[:, 0].mean() / rows[:, 1].mean()))
+
+
+def geometric_mean(values: Array) -> Estimate:
+    """Of values (S,), one a seed; its interval is above 0."""
+    found = over_seeds(np.log(values))
+    return Estimate(float(np.exp(found.value)), float(np.exp(found.low)), float(np.exp(found.high)))

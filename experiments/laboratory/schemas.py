@@ -222,6 +222,26 @@ class GradientDiversityConfig(StudyConfig):
     sample: int = MISSING
 
 
+@dataclass
+class PrivateConfig(StudyConfig):
+    """lrs: of each method, tuned at each epsilon over these octaves of it, and further ones while the best lies at an
+    end. max_norm: C; batch_size: the expected one; floor: of the corrected second moment, in units of the noise's
+    variance. checked_steps: that are compared with Opacus'; timed_*: the width of both hidden layers, and
+    the steps, that are timed."""
+
+    lrs: dict[str, float] = MISSING
+    octaves: list[float] = MISSING
+    epsilons: list[float] = MISSING
+    delta: float = MISSING
+    max_norm: float = MISSING
+    batch_size: int = MISSING
+    epochs: float = MISSING
+    floor: float = MISSING
+    checked_steps: int = MISSING
+    timed_width: int = MISSING
+    timed_steps: int = MISSING
+
+
 STUDIES: dict[str, type[StudyConfig]] = {
     "running_averages": RunningAveragesConfig,
     "sgd_momentum": SGDMomentumConfig,
@@ -241,4 +261,5 @@ STUDIES: dict[str, type[StudyConfig]] = {
     "horizons": ContestConfig,
     "estimators": ContestConfig,
     "gradient_diversity": GradientDiversityConfig,
+    "private": PrivateConfig,
 }

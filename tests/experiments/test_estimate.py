@@ -1,7 +1,18 @@
 import numpy as np
 import pytest
 
-from experiments.estimate import Estimate, Finding, at_edge, count, listed, notes, over_seeds, ratio_of_means, resampled
+from experiments.estimate import (
+    Estimate,
+    Finding,
+    at_edge,
+    count,
+    geometric_mean,
+    listed,
+    notes,
+    over_seeds,
+    ratio_of_means,
+    resampled,
+)
 
 
 def test_the_interval_of_a_mean_is_about_that_of_the_normal_distribution() -> None:
@@ -77,3 +88,10 @@ def test_claims_are_counted() -> None:
     assert count(found) == "2 hold, 1 does not hold"
     assert count([Finding("", "cannot be judged", "")] * 2) == "2 cannot be judged"
     assert count(found[3:]) == "no claim"
+
+
+def test_a_geometric_mean_has_an_interval_above_zero() -> None:
+    found = geometric_mean(np.array([0.01, 1.0, 100.0]))
+    assert found.value == pytest.approx(1) and 0 < found.low < 1 < found.high
+    assert found.high == pytest.approx(1 / found.low, rel=0.1)
+    assert np.isnan(geometric_mean(np.array([2.0])).low)

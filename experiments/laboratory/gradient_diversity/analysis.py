@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cube import cube
-from experiments.estimate import Array, Estimate, interval, over_seeds, resampled
+from experiments.estimate import Array, Estimate, over_seeds
 from experiments.jobs import Result
 from experiments.laboratory.gradient_diversity.look import KINDS, SCORES
 from experiments.laboratory.schemas import GradientDiversityConfig
@@ -20,13 +20,15 @@ NUMBERS = ("bound", "loss", "test_accuracy", "learnt", "right")
 
 @dataclass(frozen=True)
 class Analysis:
-    """By share of wrong labels, arrays of (S, T): seed and moment. `pairs` are cosine similarities by kind of pair;
-    `quality` has how well a score finds wrong labels, by measure and score. Not a number where none are wrong."""
+    """By share of wrong labels, arrays of (S, T): seed and moment. `pairs` are cosine similarities by kind of pair,
+    `products` inner ones; `quality` has how well a score finds wrong labels, by measure and score. Not a number where
+    none are wrong."""
 
     settings: GradientDiversityConfig
     batch_size: int
     numbers: dict[tuple[float, str], Array]
     pairs: dict[tuple[float, str], Array]
+    products: dict[tuple[float, str], Array]
     quality: dict[tuple[float, str, str], Array]
     examples: tuple[int, ...]
 
@@ -55,17 +57,11 @@ class Analysis:
         return over_seeds(self.pairs[share, kind][:, moment])
 
 
-def geometric(values: Array) -> Estimate:
-    """The geometric mean of values (S,), whose interval is above 0."""
-    logs = np.log(values)
-    found = interval(float(logs.mean()), resampled(logs) if len(logs) > 1 else np.array([]), len(logs))
-    return Estimate(float(np.exp(found.value)), float(np.exp(found.low)), float(np.exp(found.high)))
-
-
 def analyse(settings: GradientDiversityConfig, results: Sequence[Result]) -> Analysis:
     """Raises ValueError unless the results are all seeds of all shares."""
     numbers: dict[tuple[float, str], Array] = {}
     pairs: dict[tuple[float, str], Array] = {}
+    products: dict[tuple[float, str], Array] = {}
     quality: dict[tuple[float, str, str], Array] = {}
 
     def along(share: float, value: Any) -> Array:
@@ -76,6 +72,7 @@ def analyse(settings: GradientDiversityConfig, results: Sequence[Result]) -> Ana
             numbers[share, name] = along(share, lambda look, name=name: look.get(name, np.nan))
         for kind in KINDS:
             pairs[share, kind] = along(share, lambda look, kind=kind: look["cosine"][kind])
+            products[share, kind] = along(share, lambda look, kind=kind: look["product"][kind])
         for measure in FINDING if share else ():
             for score in SCORES:
                 quality[share, measure, score] = along(
@@ -84,4 +81,4 @@ def analyse(settings: GradientDiversityConfig, results: Sequence[Result]) -> Ana
     first = results[0]
     B = first.coordinates["batch_size"]
     assert isinstance(B, int)
-    return Analysis(settings, B, numbers, pairs, quality, tuple(look["examples"] for look in first.found))
+    return Analysis(settings, B, numbers, pairs, products, quality, tuple(look["examples"] for look in first.found))

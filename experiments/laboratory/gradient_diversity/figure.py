@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.drawing import interval_band
-from experiments.estimate import Array, bounds, resampled
-from experiments.laboratory.gradient_diversity.analysis import Analysis, geometric
+from experiments.estimate import Array, bounds, geometric_mean, resampled
+from experiments.laboratory.gradient_diversity.analysis import Analysis
 from experiments.laboratory.gradient_diversity.findings import PRECISE, when, wrong
 from experiments.laboratory.gradient_diversity.look import DIFFERENT, KINDS, LOSS, NORM, SAME, SCORES
 from experiments.themes import Theme, canvas
@@ -35,7 +35,7 @@ def alternative(found: Analysis) -> str:
     return (
         f"Four charts along epochs. {when(found, early).capitalize()} precisions are {told}. Cosine similarity within "
         f"a class is {found.cosine(0.0, SAME, early)}, between classes {found.cosine(0.0, DIFFERENT, early)}. At the "
-        f"end n Delta is {geometric(found.numbers[0.0, 'bound'][:, -1])} without wrong labels."
+        f"end n Delta is {geometric_mean(found.numbers[0.0, 'bound'][:, -1])} without wrong labels."
     )
 
 
@@ -81,7 +81,7 @@ def _precision(axes: Axes, found: Analysis, theme: Theme) -> None:
     axes.set_ylim(0, 1)
     axes.set_ylabel("precision = recall")
     axes.set_title(f"Finding {wrong(found.shares[0])}")
-    axes.legend(fontsize=7.5, loc="lower right")
+    axes.legend(fontsize=7.5, loc="lower center")
 
 
 def _learnt(axes: Axes, found: Analysis, theme: Theme) -> None:
@@ -93,7 +93,7 @@ def _learnt(axes: Axes, found: Analysis, theme: Theme) -> None:
     axes.set_ylim(0, 1)
     axes.set_ylabel("share")
     axes.set_title("Wrong labels learnt, and accuracy")
-    axes.legend(fontsize=7.5, loc="center right")
+    axes.legend(fontsize=7.5, loc="center")
 
 
 def _similarity(axes: Axes, found: Analysis, theme: Theme) -> None:

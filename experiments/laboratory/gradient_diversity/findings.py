@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.estimate import Finding, Verdict, notes, over_seeds
-from experiments.laboratory.gradient_diversity.analysis import Analysis, geometric
+from experiments.estimate import Finding, Verdict, geometric_mean, notes, over_seeds
+from experiments.laboratory.gradient_diversity.analysis import Analysis
 from experiments.laboratory.gradient_diversity.look import (
     DIFFERENT,
     ERROR,
@@ -81,8 +81,10 @@ def _falls(found: Analysis, share: float) -> Finding:
         change.verdict(0) if judged == "holds" else judged,
         f"{between(found, found.early, end).capitalize()} it changes by {change}, to "
         f"{found.score(share, 'found', NORM, end)}. The model then predicts {learnt} of the wrong labels, and "
-        f"{found.at(share, 'learnt', found.early)} of them before; held-out accuracy goes from "
-        f"{found.at(share, 'test_accuracy', found.early)} to {found.at(share, 'test_accuracy', end)}.",
+        f"the true one for {found.at(share, 'right', end)}, where it predicted "
+        f"{found.at(share, 'learnt', found.early)} and {found.at(share, 'right', found.early)} before; held-out "
+        f"accuracy goes from {found.at(share, 'test_accuracy', found.early)} to "
+        f"{found.at(share, 'test_accuracy', end)}.",
     )
 
 
@@ -134,12 +136,14 @@ def _same_class(found: Analysis) -> Finding:
     same, different = (found.pairs[0.0, kind] for kind in (SAME, DIFFERENT))
     worst = int((same - different).mean(axis=0).argmin())
     gap = over_seeds((same - different)[:, worst])
+    products = [over_seeds(found.products[0.0, kind][:, worst]) for kind in (SAME, DIFFERENT)]
     return Finding(
         f"Gradients of a class agree at every moment: their cosine similarity is at least {APART:g} above that of "
         "different classes",
         within(gap, APART, np.inf),
         f"They are closest {when(found, worst)}: {found.cosine(0.0, SAME, worst)} against "
-        f"{found.cosine(0.0, DIFFERENT, worst)}, {gap} apart.",
+        f"{found.cosine(0.0, DIFFERENT, worst)}, {gap} apart. Inner products are then "
+        f"{products[0]} and {products[1]}, in the mean.",
     )
 
 
@@ -167,29 +171,30 @@ def _against_true_class(found: Analysis, share: float) -> Finding:
 
 def _diversity_grows(found: Analysis) -> Finding:
     bound = found.numbers[0.0, "bound"]
-    ratio = geometric(bound[:, 0] / bound[:, -1])
+    ratio = geometric_mean(bound[:, 0] / bound[:, -1])
     return Finding(
         "Gradient diversity grows along training",
         ratio.verdict(1),
-        f"The initial model's batch-size bound n Delta, {geometric(bound[:, 0])}, is {ratio} times that of the last "
-        f"one, {geometric(bound[:, -1])}.",
+        f"The initial model's batch-size bound n Delta, {geometric_mean(bound[:, 0])}, is {ratio} times that of the "
+        f"last one, {geometric_mean(bound[:, -1])}.",
     )
 
 
 def _wrong_labels_are_diverse(found: Analysis, share: float) -> Finding:
     right, other = (found.numbers[p, "bound"][:, found.early] for p in (0.0, share))
-    ratio = geometric(right / other)
+    ratio = geometric_mean(right / other)
     return Finding(
         f"{when(found, found.early).capitalize()}: wrong labels make gradients more diverse",
         ratio.verdict(1),
-        f"Without them n Delta is {geometric(right)}, {ratio} times the {geometric(other)} with {wrong(share)}.",
+        f"Without them n Delta is {geometric_mean(right)}, {ratio} times the {geometric_mean(other)} with "
+        f"{wrong(share)}.",
     )
 
 
 def _batch_size(found: Analysis) -> Finding:
     bound = found.numbers[0.0, "bound"]
     worst = int(np.log(bound).mean(axis=0).argmin())
-    least = geometric(bound[:, worst])
+    least = geometric_mean(bound[:, worst])
     return Finding(
         f"The batch size of the runs, {found.batch_size}, is below the bound at every moment",
         within(least, found.batch_size, np.inf),

@@ -51,15 +51,15 @@ class GradientDiversity(Study[GradientDiversityConfig]):
                 config,
                 followed,
                 s.epochs[-1],
+                share=float(share),
+                seed=seed,
                 problem=problem,
                 method=s.method,
                 lr=default_optimizer(s.method).lr,
                 batch_size=config.train.batch_size,
                 warmup=config.train.warmup_examples,
-                share=float(share),
                 sample=s.sample,
                 epochs=",".join(f"{epoch:g}" for epoch in s.epochs),
-                seed=seed,
             )
             for share, seed in product(s.shares, s.seeds)
         ]

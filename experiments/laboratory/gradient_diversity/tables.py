@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from experiments.documents import Cell, Table
-from experiments.laboratory.gradient_diversity.analysis import Analysis, geometric
+from experiments.estimate import geometric_mean
+from experiments.laboratory.gradient_diversity.analysis import Analysis
 from experiments.laboratory.gradient_diversity.findings import wrong
 from experiments.laboratory.gradient_diversity.look import KINDS, NORM, SCORES
 
@@ -56,7 +57,7 @@ def _similarity(found: Analysis) -> Table:
         [
             _epochs(found, t),
             *(found.cosine(main if kind.startswith("wrong") else 0.0, kind, t) for kind in KINDS),
-            *(geometric(found.numbers[share, "bound"][:, t]) for share in shares),
+            *(geometric_mean(found.numbers[share, "bound"][:, t]) for share in shares),
         ]
         for t in range(len(found.examples))
     ]

@@ -163,6 +163,7 @@ def outcome(
         told: dict[str, Any] = {
             "examples": [0, 1440, 11488][i],
             "cosine": {kind: near(value) for kind, value in kinds.items()},
+            "product": kinds,
             "bound": near(bounds[i] * (wrong_bound if share else 1.0)),
             "loss": 1.0,
             "test_accuracy": near(0.9),
