@@ -35,7 +35,12 @@ def test_results_stand_between_the_markers(folder: Path, monkeypatch: pytest.Mon
     text = Path("README.md").read_text()
     before, _, after = TEXT.partition("old results\n")
     assert text.startswith(before) and text.endswith(after) and "old results" not in text
-    for expected in ("experiment=demo 'data.path=a b'`, 250 runs;", ": **holds**. ", "| **Ours** | 0.001 | ", "| Adam |"):
+    for expected in (
+        "experiment=demo 'data.path=a b'`, 250 runs;",
+        ": **holds**. ",
+        "| **Ours** | 0.001 | ",
+        "| Adam |",
+    ):
         assert expected in text
     assert Path("docs/batch_size_invariance.png").read_bytes() == Path("study/figure.png").read_bytes()
     assert launch(monkeypatch, "study") == 0

@@ -58,7 +58,13 @@ def test_findings_configuration_versions_and_command_are_there(page: Markup, out
     text = "".join(page.words)
     for finding in outcome.findings:
         assert finding.sentence in text
-    for expected in ("A short version.", "name: synthetic", "torch", "threads per run", "experiment=demo 'data.path=a b'"):
+    for expected in (
+        "A short version.",
+        "name: synthetic",
+        "torch",
+        "threads per run",
+        "experiment=demo 'data.path=a b'",
+    ):
         assert expected in text
 
 
