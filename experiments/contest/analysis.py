@@ -12,6 +12,7 @@ from experiments.cube import cube
 from experiments.estimate import Array, Estimate, Finding, at_edge, interval, notes, resamples
 from experiments.jobs import Result
 from experiments.laboratory.schemas import ContestConfig
+from experiments.parabola import lowest_point
 from experiments.record import Record
 
 Rows = NDArray[np.int64]  # seeds, drawn with repetition
@@ -60,6 +61,19 @@ class Contest:
         found = self.over(statistic)
         return Estimate(float(np.exp(found.value)), float(np.exp(found.low)), float(np.exp(found.high)))
 
+    def over_finite(self, statistic: Callable[[Rows], float]) -> Estimate:
+        """Of a positive statistic that may be no number, with an interval above 0: none unless it is a number in every
+        resample."""
+        seen: list[float] = []
+
+        def log(rows: Rows) -> float:
+            value = statistic(rows)
+            seen.append(float(np.log(value)) if value > 0 and np.isfinite(value) else np.nan)
+            return seen[-1]
+
+        found = self.over_log(log)
+        return found if np.isfinite(seen).all() else Estimate(found.value, np.nan, np.nan)
+
     def best(self, label: str, B: int) -> int:
         """Where its learning rates have the tuned one."""
         return self.runs[label, B].tuned(self.everyone)
@@ -75,6 +89,23 @@ class Contest:
             return float(np.interp(reached, runs.examples, runs.curve[rows, runs.tuned(rows)].mean(axis=0)))
 
         return self.over_log(lambda rows: log_loss(label, rows) - log_loss(other, rows))
+
+    def examples_to(self, label: str, B: int, target: float, rows: Rows) -> float:
+        """Examples until the training loss is at the target, at the learning rate that takes the fewest of them; inf if
+        none gets there. Interpolated in the mean of ln(loss) over seeds, along examples."""
+        runs = self.runs[label, B]
+        return min(reached(runs.examples, curve, float(np.log(target))) for curve in runs.curve[rows].mean(axis=0))
+
+    def quickest(self, label: str, B: int, target: float) -> int:
+        """Where its learning rates have the one of `examples_to`."""
+        runs = self.runs[label, B]
+        curves = runs.curve[self.everyone].mean(axis=0)
+        return int(np.argmin([reached(runs.examples, curve, float(np.log(target))) for curve in curves]))
+
+    def best_octave(self, label: str, B: int, rows: Rows) -> float:
+        """That of the lowest training loss, between octaves by a parabola (experiments.parabola)."""
+        runs = self.runs[label, B]
+        return lowest_point(runs.octaves, np.exp(runs.train[rows].mean(axis=0)))
 
     def loss(self, label: str, B: int) -> Estimate:
         """Training loss, the geometric mean over seeds."""
@@ -127,6 +158,18 @@ class Contest:
 def at(runs: Runs, rows: Rows, lr: int | None = None) -> float:
     """Mean of ln training loss, at the tuned learning rate by default; so every resample is tuned anew."""
     return float(runs.train[rows, runs.tuned(rows) if lr is None else lr].mean())
+
+
+def reached(examples: Sequence[int], curve: Array, level: float) -> float:
+    """Where a curve first comes down to the level, between its points by a line; inf if it never does."""
+    below = np.flatnonzero(curve <= level)
+    if not len(below):
+        return float("inf")
+    i = int(below[0])
+    if i == 0:
+        return float(examples[0])
+    share = (curve[i - 1] - level) / (curve[i - 1] - curve[i])
+    return float(examples[i - 1] + share * (examples[i] - examples[i - 1]))
 
 
 def contest(settings: ContestConfig, results: Sequence[Result]) -> Contest:

@@ -22,6 +22,7 @@ from experiments.estimate import Finding
 from experiments.jobs import Job, Result
 from experiments.laboratory.schemas import ContestConfig
 from experiments.laboratory.terms import DIVERGED, intervals
+from experiments.record import Record
 from experiments.schemas.optimizer import OptimizerConfig
 from experiments.schemas.run import Config, EngineConfig
 from experiments.study import OF_RUNS, Outcome, Study
@@ -49,11 +50,9 @@ def contestant(label: str, overrides: tuple[str, ...]) -> Contestant:
     return Contestant(config.optimizer, config.engine)
 
 
-class ContestStudy(Study[S]):
-    """A subclass asks the question, and states the findings.
-
-    Every contestant is tuned at every batch size: over `octaves` of its own default learning rate, and further for as
-    long as the best of them lies at an end.
+class TunedStudy(Study[S]):
+    """Every contestant is tuned at every batch size: over `octaves` of its own default learning rate, and further for
+    as long as the best of them lies at an end, by any of the criteria.
     """
 
     reads = tuple(key for key in OF_RUNS if key != "engine")
@@ -73,23 +72,35 @@ class ContestStudy(Study[S]):
         settings = self.settings
         planned: list[tuple[int, float, Job]] = []
         for (label, one), B in product(self.contestants().items(), settings.batch_sizes):
-            losses: dict[float, list[float]] = {}
+            scores: list[dict[float, list[float]]] = []
             for result in known:
                 if result.coordinates["contestant"] == label and result.coordinates["batch_size"] == B:
                     octave = result.coordinates["octave"]
                     assert isinstance(octave, float)
-                    losses.setdefault(octave, []).append(result.found.final_train_loss)
+                    criteria = self.criteria(result.found)
+                    scores = scores or [{} for _ in criteria]
+                    for by_octave, score in zip(scores, criteria, strict=True):
+                        by_octave.setdefault(octave, []).append(score)
             of_one = dataclasses.replace(config, engine=one.engine)
-            for octave, seed in product(bracket(settings.octaves, losses), settings.seeds):
+            octaves = sorted({o for by_octave in scores or [{}] for o in bracket(settings.octaves, by_octave)})
+            for octave, seed in product(octaves, settings.seeds):
                 optimizer = dataclasses.replace(one.optimizer, lr=one.optimizer.lr * 2**octave)
                 job = self.training(of_one, optimizer, B, seed, contestant=label, octave=octave)
                 planned.append((seed, octave, job))
         # Contestants take turns, so that a change of the machine's speed meets all of them alike.
         return [job for *_, job in sorted(planned, key=lambda row: row[:2])]
 
+    def criteria(self, record: Record) -> list[float]:
+        """What learning rates are tuned for, each above 0 and better the lower; inf where it cannot be had."""
+        return [record.final_train_loss]
+
     @abstractmethod
     def required(self) -> Sequence[str]:
         """The contestants that findings are about."""
+
+
+class ContestStudy(TunedStudy[S]):
+    """A subclass asks the question, and states the findings."""
 
     @abstractmethod
     def findings(self, found: Contest) -> list[Finding]: ...
@@ -114,7 +125,10 @@ def bracket(octaves: Sequence[float], losses: dict[float, list[float]]) -> list[
     if not losses:
         return [float(octave) for octave in sorted(octaves)]
     known, step = sorted(losses), min(np.diff(sorted(octaves)))
-    best = min(known, key=lambda octave: float(np.log(losses[octave]).mean()))
+    means = {octave: float(np.log(losses[octave]).mean()) for octave in known}
+    if not np.isfinite(list(means.values())).any():
+        return known
+    best = min(known, key=means.__getitem__)
     if best == known[0] and best - step >= -FARTHEST:
         return [best - step, *known]
     if best == known[-1] and best + step <= FARTHEST:

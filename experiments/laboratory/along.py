@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import gradstats
 from experiments.data import Dataset
 from experiments.laboratory.problem import backward, build
 from experiments.optimizers import attach_statistics, build_optimizer, stepper
@@ -15,6 +17,16 @@ from experiments.sampler import Sampler
 from experiments.schedule import learning_rate_schedule
 from experiments.schemas.optimizer import OptimizerConfig
 from experiments.schemas.run import Decay
+
+
+class Look(NamedTuple):
+    """After `count` examples. The model is not to be changed, and what is attached to it is the run's: `looked_at`
+    gives a copy."""
+
+    count: int
+    data: Dataset
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
 
 
 def along(
@@ -25,18 +37,20 @@ def along(
     seed: int,
     counts: Sequence[int],
     labels: Tensor | None = None,
-) -> Iterator[tuple[int, Dataset, nn.Module]]:
-    """Comes back after each count of examples, all multiples of the batch size, ascending, with the data and the model.
+    gathered: Sequence[str] = (),
+    each: Callable[[gradstats.Handle], None] | None = None,
+) -> Iterator[Look]:
+    """Comes back after each count of examples, all multiples of the batch size, ascending.
 
     The run is that of experiments.train with these settings: same initial model, same examples, with these labels in
-    place of the training set's if there are any. The model is not to be changed, and what is attached to it is the
-    run's: `looked_at` gives a copy.
+    place of the training set's if there are any. each(handle) is called with the statistics of every batch, of which
+    these are gathered too, before its step.
     """
     data, model = build(problem, seed)
     if labels is not None:
         data = dataclasses.replace(data, train=dataclasses.replace(data.train, y=labels))
     built = build_optimizer(list(model.parameters()), optimizer, batch_size, max_norm=None)
-    statistics = attach_statistics(model, built, optimizer)
+    statistics = attach_statistics(model, built, optimizer, *gathered)
     step = stepper(built, batch_size if statistics is None else None)
     peak = built.param_groups[0]["lr"]
     schedule = learning_rate_schedule(warmup, counts[-1], Decay.none)
@@ -44,9 +58,11 @@ def along(
     for count in counts:
         for indices in sampler.until(count):
             backward(model, data.train.x[indices], data.train.y[indices])
+            if each is not None and statistics is not None:
+                each(statistics)
             built.param_groups[0]["lr"] = peak * schedule.mean(sampler.position - batch_size, sampler.position)
             step()
-        yield count, data, model
+        yield Look(count, data, model, built)
 
 
 def looked_at(problem: str, seed: int, model: nn.Module) -> nn.Module:

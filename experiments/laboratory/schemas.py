@@ -242,6 +242,32 @@ class PrivateConfig(StudyConfig):
     timed_steps: int = MISSING
 
 
+@dataclass
+class FollowedContestConfig(ContestConfig):
+    """The run of every contestant at followed_batch_size and its tuned lr is looked at so often on the way."""
+
+    followed_batch_size: int = MISSING
+    looks: int = MISSING
+
+
+@dataclass
+class NoiseScaleConfig(FollowedContestConfig):
+    """targets: training losses, in nats, whose critical batch sizes are measured. At each look the noise scale is
+    estimated from so many `draws` of `big` examples, by examples, and by shards of `small`."""
+
+    targets: list[float] = MISSING
+    draws: int = MISSING
+    small: int = MISSING
+    big: int = MISSING
+
+
+@dataclass
+class AdamNoiseScaleConfig(FollowedContestConfig):
+    """probes: random signs from which traces of the Hessian are estimated at each look."""
+
+    probes: int = MISSING
+
+
 STUDIES: dict[str, type[StudyConfig]] = {
     "running_averages": RunningAveragesConfig,
     "sgd_momentum": SGDMomentumConfig,
@@ -262,4 +288,6 @@ STUDIES: dict[str, type[StudyConfig]] = {
     "estimators": ContestConfig,
     "gradient_diversity": GradientDiversityConfig,
     "private": PrivateConfig,
+    "noise_scale": NoiseScaleConfig,
+    "adam_noise_scale": AdamNoiseScaleConfig,
 }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from experiments.errors import UserError
 from experiments.jobs import Result
 from experiments.laboratory.micro_batch import MicroBatch
 from experiments.launch import run_study
+from experiments.record import Record
 from experiments.report import Summary
 from tests.experiments.contests import results, settings
 
@@ -38,11 +40,16 @@ def test_all_are_tuned_alike_and_take_turns(tmp_path: Path):
     assert len(more) == len(study.settings.batch_sizes) * len(study.settings.seeds)
 
 
+@cache
+def any_record() -> Record:
+    found = results(settings("micro_batch"), lambda *_: 1.0)[0].found
+    assert isinstance(found, Record)
+    return found
+
+
 def record_like(octave: object, rising: bool):
     assert isinstance(octave, float)
-    study = settings("micro_batch")
-    record = results(study, lambda *_: 1.0 - 0.1 * octave * rising + 0.1 * abs(octave))[0].found
-    return dataclasses.replace(record, train_loss=[2.0, 1.0 - 0.3 * octave * rising + 0.1 * abs(octave)])
+    return dataclasses.replace(any_record(), train_loss=[2.0, 1.0 - 0.3 * octave * rising + 0.1 * abs(octave)])
 
 
 @pytest.mark.parametrize(
@@ -70,3 +77,23 @@ def test_from_the_configuration_to_the_report(tmp_path: Path):
     small = dataclasses.replace(config.study, seeds=[0], batch_sizes=[128], workers=1)
     run_study(dataclasses.replace(config, study=small), tmp_path)
     assert len(Summary.load(tmp_path).findings) >= 3
+
+
+def test_octaves_go_on_for_every_criterion(tmp_path: Path):
+    class ByTestLoss(MicroBatch):
+        def criteria(self, record: Record) -> list[float]:
+            return [*super().criteria(record), record.final_test_loss]
+
+    config = dataclasses.replace(compose_config(["experiment=short/micro_batch"]), directory=str(tmp_path))
+    study = ByTestLoss(settings("micro_batch"))
+    known = []
+    for job in study.jobs(config, []):
+        octave = job.coordinates["octave"]
+        assert isinstance(octave, float)
+        record = dataclasses.replace(record_like(octave, True), test_loss=[2.0, 2.0 + octave])
+        known.append(Result(job.coordinates, record, 1.0))
+    assert {job.coordinates["octave"] for job in study.jobs(config, known)} == {-2.0, -1.0, 0.0, 1.0, 2.0}
+
+
+def test_what_cannot_be_had_asks_for_nothing_more():
+    assert bracket([-1, 0, 1], {octave: [float("inf")] for octave in (-1, 0, 1)}) == [-1, 0, 1]
