@@ -92,7 +92,8 @@ class TunedStudy(Study[S]):
 
     def criteria(self, record: Record) -> list[float]:
         """What learning rates are tuned for, each above 0 and better the lower; inf where it cannot be had."""
-        return [record.final_train_loss]
+        # No loss counts for more than the first. So where none is better, lower learning rates are tried.
+        return [min(record.final_train_loss, record.train_loss[0])]
 
     @abstractmethod
     def required(self) -> Sequence[str]:

@@ -16,7 +16,7 @@ Law = Callable[[Array], Array]  # ln of a value, of B / knee, up to a constant
 
 
 def steps_law(ratio: Array) -> Array:
-    """ln(S / S_min), S = S_min (1 + B_crit / B) (McCandlish et al. 2018, arXiv:1812.06162, 2.3)."""
+    """ln(S / S_min), S = S_min (1 + B_crit / B) (McCandlish et al. 2018, arXiv:1812.06162)."""
     found: Array = np.log1p(1 / ratio)
     return found
 

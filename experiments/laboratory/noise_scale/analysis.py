@@ -141,7 +141,7 @@ class Analysis:
 def told_by_noise(examples: Sequence[int], loss: Array, scale: Array, level: float, batch_size: int) -> float:
     """E_min / S_min up to where the loss comes down to the level, of noise scale N(s) along optimal progress s:
 
-    dS = (1 + N/B) ds,   E_min = int N ds,   S_min = int ds     (McCandlish et al. 2018, D.1)
+    dS = (1 + N/B) ds,   E_min = int N ds,   S_min = int ds     (McCandlish et al. 2018, appendix D)
 
     loss and scale are logarithms (T,). Before the first look the noise scale is that of the first. Not a number if the
     loss is not reached.

@@ -27,7 +27,7 @@ def caption(found: Analysis) -> str:
         f"{s.draws} draws of {s.big} examples, by the norms of examples and of shards of {s.small}. Bottom: steps to "
         "each training loss over the batch size, at the quickest learning rate; line: the fit S_min (1 + B_crit/B); "
         "vertical lines: the critical batch size, measured (dashed) and told by the noise scale (dotted). Geometric "
-        f"means over {len(s.seeds)} seeds; bands are 95% intervals."
+        f"means over {len(s.seeds)} seeds; the band is the 95% interval of all parameters."
     )
 
 
@@ -59,7 +59,8 @@ def _along(axes: Axes, found: Analysis, label: str, theme: Theme) -> None:
     for group, colour in zip((WHOLE, *found.layers), cycle(colours), strict=False):
         scale = one.scale(group)
         axes.plot(one.examples, np.exp(scale.mean(axis=0)), color=colour, linewidth=1.4, label=group)
-        interval_band(axes, one.examples, scale, colour)
+        if group == WHOLE:
+            interval_band(axes, one.examples, scale, colour)
     for method, colour, marker in zip(METHODS, theme.ours, ("o", "x"), strict=True):
         axes.plot(one.examples, _estimated(one.mean[method]), marker, color=colour, markersize=4, label=method)
     axes.set_xscale("log")

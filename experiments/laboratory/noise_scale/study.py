@@ -28,8 +28,8 @@ class NoiseScaleStudy(FollowedContest[NoiseScaleConfig]):
     title = "The gradient noise scale and the critical batch size"
     question = "Does one pass give the noise scale that two batch sizes give, and does it tell the critical batch size?"
     source = (
-        "McCandlish et al. 2018, arXiv:1812.06162: it does; Merrill et al. 2025, arXiv:2505.23971: hardly; Gray et al. "
-        "2024, arXiv:2411.00999: that of normalisation layers follows the total"
+        "McCandlish et al. 2018, arXiv:1812.06162: it does; Merrill et al. 2025, arXiv:2505.23971, doubt it; Gray et "
+        "al. 2024, arXiv:2411.00999: that of normalisation layers follows the total"
     )
 
     def check(self) -> None:
