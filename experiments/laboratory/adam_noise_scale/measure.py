@@ -57,7 +57,9 @@ def moments_along(
     counts = sorted({max(1, round(examples * i / looks / batch_size)) * batch_size for i in range(1, looks + 1)})
     tuned = optimizer_of(followed, optimizer, lr)
     random = torch.Generator().manual_seed(seed)
-    for count, data, model in along(problem, tuned, batch_size, warmup, seed, counts, ("noise_scale",), each):
+    for count, data, model, _ in along(
+        problem, tuned, batch_size, warmup, seed, counts, gathered=("noise_scale",), each=each
+    ):
         found["examples"].append(count)
         for part, value in parts(looked_at(problem, seed, model), data.train, probes, random).items():
             found[part].append(value)

@@ -65,7 +65,7 @@ def followed(
     optimizer = dataclasses.replace(default_optimizer(method), lr=lr)
     counts = sorted(moments | {count for count in ends if count <= max(moments)})
     forgetting, found = Forgetting(N), []
-    for count, seen, model in along(problem, optimizer, batch_size, warmup, seed, counts, labels):
+    for count, seen, model, _ in along(problem, optimizer, batch_size, warmup, seed, counts, labels):
         # In float64: late in training many gradients are too small for squares in float32.
         copy = looked_at(problem, seed, model).double()
         noisy = Split(seen.train.x.double(), labels)

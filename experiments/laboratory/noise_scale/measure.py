@@ -48,7 +48,9 @@ def noise_along(
     found |= {method: {"mean": [], "spread": []} for method in METHODS}
     counts = log_spaced(batch_size, examples, looks)
     random = torch.Generator().manual_seed(seed)
-    for count, data, model in along(problem, optimizer_of(followed, optimizer, lr), batch_size, warmup, seed, counts):
+    for count, data, model, _ in along(
+        problem, optimizer_of(followed, optimizer, lr), batch_size, warmup, seed, counts
+    ):
         copy = looked_at(problem, seed, model)
         found["groups"] = list(groups_of(copy))
         found["examples"].append(count)

@@ -43,7 +43,7 @@ def signals(
     horizon = 1 / (1 - optimizer.momentum ** (1 / optimizer.batch_size))
     counts = [examples * (i + 1) // looks // batch_size * batch_size for i in range(looks)]
     found = []
-    for _, data, model in along(problem, optimizer, batch_size, warmup, seed, counts):
+    for _, data, model, _ in along(problem, optimizer, batch_size, warmup, seed, counts):
         with torch.random.fork_rng(devices=[]):  # the run's dropout goes on where it was
             torch.manual_seed(seed)
             _, copy = build(problem, seed)
