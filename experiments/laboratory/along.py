@@ -20,10 +20,10 @@ from experiments.schemas.run import Decay
 
 
 class Look(NamedTuple):
-    """After `count` examples. The model is not to be changed, and what is attached to it is the run's: `looked_at`
+    """After so many examples were seen. The model is not to be changed, and what is attached to it is the run's: `looked_at`
     gives a copy."""
 
-    count: int
+    seen: int
     data: Dataset
     model: nn.Module
     optimizer: torch.optim.Optimizer

@@ -268,6 +268,13 @@ class AdamNoiseScaleConfig(FollowedContestConfig):
     probes: int = MISSING
 
 
+@dataclass
+class LargestBatchConfig(ContestConfig):
+    """looks: points of the tuned runs, log-spaced, at which curvature, noise and drift are measured."""
+
+    looks: int = MISSING
+
+
 STUDIES: dict[str, type[StudyConfig]] = {
     "running_averages": RunningAveragesConfig,
     "sgd_momentum": SGDMomentumConfig,
@@ -290,4 +297,5 @@ STUDIES: dict[str, type[StudyConfig]] = {
     "private": PrivateConfig,
     "noise_scale": NoiseScaleConfig,
     "adam_noise_scale": AdamNoiseScaleConfig,
+    "largest_batch": LargestBatchConfig,
 }

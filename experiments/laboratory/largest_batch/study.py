@@ -1,0 +1,128 @@
+"""What ends invariance to the batch size near the tuned learning rate, and whether that can be pushed."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+
+from experiments.contest.analysis import Contest
+from experiments.contest.plan import ContestStudy, bracket
+from experiments.contest.tables import TERMS, tables
+from experiments.errors import UserError
+from experiments.estimate import Finding
+from experiments.jobs import Job, Result
+from experiments.laboratory.largest_batch.analysis import Analysis, analyse, losses_of
+from experiments.laboratory.largest_batch.figure import alternative, caption, draw
+from experiments.laboratory.largest_batch.findings import PLAIN, SATURATING, findings
+from experiments.laboratory.largest_batch.look import look
+from experiments.laboratory.largest_batch.tables import OWN_TERMS, own_tables
+from experiments.laboratory.problem import data_of, problem_of
+from experiments.laboratory.schemas import LargestBatchConfig
+from experiments.laboratory.terms import DIVERGED, intervals
+from experiments.schedule import budget
+from experiments.schemas.model import MLPConfig
+from experiments.schemas.optimizer import BatchInvariantAdamConfig
+from experiments.schemas.run import Config, Decay
+from experiments.study import Outcome
+
+
+class LargestBatch(ContestStudy[LargestBatchConfig]):
+    title = "The largest batch"
+    question = "What ends invariance to the batch size near the tuned learning rate, and can that be pushed?"
+    source = (
+        "Cohen et al. 2022, arXiv:2207.14484: the edge of stability of Adam; McCandlish et al. 2018, arXiv:1812.06162: "
+        "the gradient noise scale"
+    )
+
+    def required(self) -> Sequence[str]:
+        return (*PLAIN, *SATURATING)
+
+    def check(self) -> None:
+        super().check()
+        optimizers = {label: one.optimizer for label, one in self.contestants().items()}
+        if strange := [label for label, o in optimizers.items() if not isinstance(o, BatchInvariantAdamConfig)]:
+            raise UserError(f"study.contestants: {', '.join(strange)} must be kinds of BatchInvariantAdam")
+        if len(self.settings.batch_sizes) < 2 or self.settings.looks < 1:
+            raise UserError("study.batch_sizes must be two or more, and study.looks 1 or more")
+
+    def jobs(self, config: Config, known: Sequence[Result]) -> list[Job]:
+        if isinstance(config.model, MLPConfig) and config.model.dropout > 0:
+            raise UserError("model.dropout must be 0 here: with it the true gradient could only be estimated")
+        if config.train.decay is not Decay.none or config.train.max_norm is not None:
+            raise UserError("train.decay must be none and train.max_norm null here: the runs looked at have neither")
+        trained = [result for result in known if "octave" in result.coordinates]
+        jobs = super().jobs(config, trained)
+        for label in self.settings.contestants if trained else ():
+            best = self.tuned(label, trained)
+            if best is not None:
+                jobs += self.away(config, label, best)
+                jobs += self.looks(config, label, best) if label in PLAIN else []
+        return list({job.directory: job for job in jobs}.values())
+
+    def tuned(self, label: str, trained: Sequence[Result]) -> float | None:
+        """The octave of the best learning rate at the smallest batch size, once it has a neighbour on either side."""
+        losses = losses_of(trained, label, min(self.settings.batch_sizes))
+        if set(bracket(self.settings.octaves, losses)) - set(losses):
+            return None
+        return min(sorted(losses), key=lambda octave: float(np.log(losses[octave]).mean()))
+
+    def away(self, config: Config, label: str, best: float) -> list[Job]:
+        """Runs at all batch sizes with the learning rate tuned at the smallest, and with half of that."""
+        one = self.contestants()[label]
+        of_one = dataclasses.replace(config, engine=one.engine)
+        lr = one.optimizer.lr
+        return [
+            self.training(
+                of_one,
+                dataclasses.replace(one.optimizer, lr=lr * 2**octave),
+                B,
+                seed,
+                contestant=label,
+                octave=octave,
+            )
+            for B, octave, seed in product(self.settings.batch_sizes, (best, best - 1), self.settings.seeds)
+        ]
+
+    def looks(self, config: Config, label: str, best: float) -> list[Job]:
+        s, train = self.settings, config.train
+        problem, home = problem_of(config), min(s.batch_sizes)
+        examples = budget(train.epochs, len(data_of(problem).train), config.evaluation.multiple, home)
+        return [
+            self.measurement(
+                config,
+                look,
+                problem=problem,
+                overrides=shlex.join(s.contestants[label]),
+                lr=self.contestants()[label].optimizer.lr * 2**best,
+                batch_size=home,
+                warmup=train.warmup_examples,
+                examples=examples,
+                looks=s.looks,
+                longest=max(s.batch_sizes),
+                seed=seed,
+            )
+            for seed in s.seeds
+        ]
+
+    def findings(self, found: Contest) -> list[Finding]:
+        assert isinstance(found, Analysis)
+        return findings(found)
+
+    def outcome(self, results: Sequence[Result]) -> Outcome:
+        optimizers = {label: one.optimizer for label, one in self.contestants().items()}
+        found = analyse(self.settings, results, optimizers)
+        return Outcome(
+            tables=[*own_tables(found), *tables(found)],
+            findings=[*self.findings(found), *found.notes()],
+            draw=lambda theme: draw(found, theme),
+            caption=caption(found),
+            alternative=alternative(found),
+            terms=OWN_TERMS | TERMS | intervals(len(self.settings.seeds)) | DIVERGED,
+        )
+
+
+STUDY = LargestBatch
