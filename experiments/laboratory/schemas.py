@@ -275,6 +275,20 @@ class LargestBatchConfig(ContestConfig):
     looks: int = MISSING
 
 
+@dataclass
+class AdaptiveBatchConfig(StudyConfig):
+    """method: a BatchInvariantAdam. batch_sizes: fixed ones, of which the first is the slow one to beat. A growing one
+    goes from `smallest` to `largest`, over `horizon` examples of noise. octaves: as of a contest."""
+
+    method: str = MISSING
+    batch_sizes: list[int] = MISSING
+    smallest: int = MISSING
+    largest: int = MISSING
+    horizon: int = MISSING
+    octaves: list[float] = MISSING
+    points: int = MISSING
+
+
 STUDIES: dict[str, type[StudyConfig]] = {
     "running_averages": RunningAveragesConfig,
     "sgd_momentum": SGDMomentumConfig,
@@ -298,4 +312,5 @@ STUDIES: dict[str, type[StudyConfig]] = {
     "noise_scale": NoiseScaleConfig,
     "adam_noise_scale": AdamNoiseScaleConfig,
     "largest_batch": LargestBatchConfig,
+    "adaptive_batch": AdaptiveBatchConfig,
 }

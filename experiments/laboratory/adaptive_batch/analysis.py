@@ -1,0 +1,193 @@
+"""What the contenders reach, each tuned for itself: at equal examples, seconds and steps; and how batches grew."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from experiments.cube import cube
+from experiments.estimate import Array, Estimate, over_seeds
+from experiments.jobs import Result
+from experiments.laboratory.adaptive_batch.contenders import DECAYS, KEPT, STEP, Contender, contenders, fixed
+from experiments.laboratory.schemas import AdaptiveBatchConfig
+
+GROWING = (KEPT, STEP)
+PRICES = ("seconds", "steps")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """ln of the final losses (S,) at the learning rate with the lowest training loss, over so many examples."""
+
+    examples: int
+    lr: float
+    train: Array
+    test: Array
+    at_edge: bool
+
+
+@dataclass(frozen=True)
+class Race:
+    """Of a contender at its tuned learning rate, at counts of examples: ln of losses, steps, seconds, batch size and
+    noise scale (not a number where it is not known), all (S, T)."""
+
+    train: Array
+    test: Array
+    steps: Array
+    seconds: Array
+    size: Array
+    noise: Array
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """limited: by PRICES, growing contender and one that decays, the latter tuned anew over the examples that cost as
+    much as the former's run."""
+
+    settings: AdaptiveBatchConfig
+    counts: list[int]
+    races: dict[str, Race]
+    tuned: dict[str, Tuned]
+    limited: dict[tuple[str, str, str], Tuned]
+
+    @property
+    def slow(self) -> int:
+        return self.settings.batch_sizes[0]
+
+    def rival(self, B: int) -> str:
+        """The better decay at a fixed batch size, by training loss at equal examples."""
+        return min((fixed(decay, B) for decay in DECAYS), key=lambda label: float(self.tuned[label].train.mean()))
+
+    def rival_at_equal(self, price: str, growing: str, B: int) -> str:
+        labels = [fixed(decay, B) for decay in DECAYS]
+        return min(labels, key=lambda label: float(self.limited[price, growing, label].train.mean()))
+
+    def ratio(self, label: str, other: str, held_out: bool = False) -> Estimate:
+        """Of final losses at equal examples."""
+        return compared(self.tuned[label], self.tuned[other], held_out)
+
+    def ratio_at_equal(self, price: str, growing: str, other: str, held_out: bool = False) -> Estimate:
+        """Where the other has as many seconds, or steps."""
+        return compared(self.tuned[growing], self.limited[price, growing, other], held_out)
+
+    def steps(self, label: str, other: str) -> Estimate:
+        """Of the one, over those of the other."""
+        return geometric(np.log(self.races[label].steps[:, -1] / self.races[other].steps[:, -1]))
+
+    def seconds(self, label: str, other: str) -> Estimate:
+        return geometric(np.log(self.races[label].seconds[:, -1] / self.races[other].seconds[:, -1]))
+
+    def to_noise(self, label: str) -> Estimate:
+        """Batch size over the noise scale of the moment, or the largest size where that is smaller; geometric mean over
+        the second half of the looks."""
+        race, half = self.races[label], len(self.counts) // 2
+        wanted = np.minimum(race.noise[:, half:], self.settings.largest)
+        if np.isnan(wanted).all(axis=1).any():
+            return Estimate(math.nan, math.nan, math.nan)
+        return geometric(np.nanmean(np.log(race.size[:, half:] / wanted), axis=1))
+
+
+def geometric(logarithms: Array) -> Estimate:
+    """The geometric mean over seeds of what has these natural logarithms (S,)."""
+    mean = over_seeds(logarithms)
+    return Estimate(float(np.exp(mean.value)), float(np.exp(mean.low)), float(np.exp(mean.high)))
+
+
+def compared(one: Tuned, other: Tuned, held_out: bool) -> Estimate:
+    return geometric(one.test - other.test if held_out else one.train - other.train)
+
+
+def is_tuning(result: Result) -> bool:
+    return "constant_step" in result.coordinates
+
+
+def raced(results: Sequence[Result]) -> list[Result]:
+    return [result for result in results if "contenders" in result.coordinates]
+
+
+def of_contender(results: Sequence[Result], contender: Contender, examples: int) -> list[Result]:
+    wanted = {
+        "smallest": contender.smallest,
+        "largest": contender.largest,
+        "decay": contender.decay.value,
+        "constant_step": contender.constant_step,
+        "examples": examples,
+    }
+    return [r for r in results if is_tuning(r) and wanted.items() <= r.coordinates.items()]
+
+
+def octave_of(result: Result, base: float) -> float:
+    lr = result.coordinates["lr"]
+    assert isinstance(lr, float)
+    return round(math.log2(lr / base), 6)
+
+
+def losses_of(results: Sequence[Result], contender: Contender, examples: int, base: float) -> dict[float, list[float]]:
+    """Final training losses by octave from a learning rate."""
+    found: dict[float, list[float]] = {}
+    for result in of_contender(results, contender, examples):
+        found.setdefault(octave_of(result, base), []).append(result.found["train"])
+    return found
+
+
+def best_octave(losses: dict[float, list[float]]) -> float:
+    return min(sorted(losses), key=lambda octave: float(np.log(losses[octave]).mean()))
+
+
+def at_equal(settings: AdaptiveBatchConfig, races: Sequence[Result], warmup: int) -> dict[tuple[str, str, str], int]:
+    """By price, growing contender and one that decays: the examples for which the latter pays what the former paid for
+    all, in multiples of the largest batch, and not less than twice the warm-up."""
+    least = settings.largest * math.ceil(max(2 * warmup, settings.largest) / settings.largest)
+    total = max(races[0].found["examples"])
+    rivals = [fixed(decay, B) for B in settings.batch_sizes for decay in DECAYS]
+    found = {}
+    for price, growing, rival in product(PRICES, GROWING, rivals):
+        paid = [[race.found["contenders"][label][price][-1] for label in (growing, rival)] for race in races]
+        share = float(np.median([one / other for one, other in paid]))
+        found[price, growing, rival] = max(round(share * total / settings.largest) * settings.largest, least)
+    return found
+
+
+def tuned_of(results: Sequence[Result], contender: Contender, examples: int, base: float) -> Tuned:
+    chosen = of_contender(results, contender, examples)
+    losses = losses_of(results, contender, examples, base)
+    best = best_octave(losses)
+    at_best = [r for r in chosen if octave_of(r, base) == best]
+    train, test = (np.log(cube(at_best, ["seed"], lambda found, k=key: found[k]).values) for key in ("train", "test"))  # type: ignore[misc]
+    return Tuned(examples, base * 2**best, train, test, best in (min(losses), max(losses)))
+
+
+def analyse(settings: AdaptiveBatchConfig, results: Sequence[Result], base: float) -> Analysis:
+    """base: the method's learning rate, from which octaves count."""
+    races = sorted(raced(results), key=lambda result: settings.seeds.index(int(result.coordinates["seed"] or 0)))
+    everyone = contenders(settings)
+    warmup = int(races[0].coordinates["warmup"] or 0)
+    total = int(races[0].coordinates["examples"] or 0)
+
+    def of(label: str, key: str) -> Array:
+        rows: list[list[Any]] = [race.found["contenders"][label][key] for race in races]
+        return np.array(rows, dtype=float)
+
+    return Analysis(
+        settings,
+        races[0].found["examples"],
+        {
+            label: Race(
+                np.log(of(label, "train")),
+                np.log(of(label, "test")),
+                *(of(label, key) for key in ("steps", "seconds", "size", "noise")),
+            )
+            for label in json.loads(str(races[0].coordinates["contenders"]))
+        },
+        {label: tuned_of(results, one, total, base) for label, one in everyone.items()},
+        {
+            (price, growing, rival): tuned_of(results, everyone[rival], examples, base)
+            for (price, growing, rival), examples in at_equal(settings, races, warmup).items()
+        },
+    )
