@@ -15,12 +15,14 @@ from experiments.laboratory.adaptive_batch.contenders import KEPT, STEP, fixed
 from experiments.schemas.run import Decay
 from experiments.themes import Theme, canvas
 
+MARKERS = ("x", "+", "1", "2", "3", "4")
+
 
 def caption(found: Analysis) -> str:
     return (
         "Left: training loss along the examples seen, each contender at its own tuned learning rate; at a fixed batch "
         "size the better of the decays. Middle: the same along the seconds of training, in runs that took turns; "
-        "crosses are decays tuned for as many seconds as the growing batch of that colour takes. Right: batch "
+        "single markers are decays tuned for as many seconds as the growing batch of that colour takes. Right: batch "
         "size (solid) and noise scale over the training set (dotted). Geometric means, and medians of seconds, over "
         f"{len(found.settings.seeds)} seeds; bands are 95% intervals."
     )
@@ -46,7 +48,7 @@ def draw(found: Analysis, theme: Theme) -> Figure:
             race = found.races[label]
             _curve(panels[0], found.counts, race.train, colour[label], label)
             _curve(panels[1], np.median(race.seconds, axis=0), race.train, colour[label], label)
-        _at_equal_seconds(panels[1], found, colour)
+        _at_equal_seconds(panels[1], found, colour, theme.ink)
         for label in GROWING:
             _grown(panels[2], found, label, colour[label])
         logarithmic(panels[0], "examples seen", "training loss (nats)", "At equal examples")
@@ -63,13 +65,15 @@ def _curve(axes: Axes, x: Any, logarithms: Array, colour: Any, label: str) -> No
     interval_band(axes, x, logarithms, colour)
 
 
-def _at_equal_seconds(axes: Axes, found: Analysis, colour: dict[str, Any]) -> None:
-    for growing in GROWING:
-        seconds = float(np.median(found.races[growing].seconds[:, -1]))
-        for B in found.settings.batch_sizes:
+def _at_equal_seconds(axes: Axes, found: Analysis, colour: dict[str, Any], ink: str) -> None:
+    handles = []
+    for B, marker in zip(found.settings.batch_sizes, MARKERS, strict=False):
+        handles += axes.plot([], [], color=ink, marker=marker, ms=5, lw=0, label=f"decay, B = {B}, for these seconds")
+        for growing in GROWING:
             tuned = found.limited["seconds", growing, found.rival_at_equal("seconds", growing, B)]
-            axes.plot(seconds, np.exp(tuned.train.mean()), color=colour[growing], marker="x", ms=5)
-            axes.annotate(f" B = {B}", (seconds, float(np.exp(tuned.train.mean()))), fontsize=6.5)
+            seconds = float(np.median(found.races[growing].seconds[:, -1]))
+            axes.plot(seconds, np.exp(tuned.train.mean()), color=colour[growing], marker=marker, ms=5)
+    axes.legend(handles=handles, fontsize=7)
 
 
 def _grown(axes: Axes, found: Analysis, label: str, colour: Any) -> None:

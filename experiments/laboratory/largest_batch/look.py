@@ -102,8 +102,8 @@ def variance(model: nn.Module, split: Split) -> Tensor:
 
 
 def sharpness(model: nn.Module, split: Split, scale: Tensor) -> float:
-    """The largest eigenvalue of P^-1/2 H P^-1/2, which is that of P^-1 H, by Lanczos' iteration, the power iteration
-    that forgets nothing, on products of the Hessian with vectors."""
+    """The largest eigenvalue of P^-1/2 H P^-1/2, which is that of P^-1 H, by Lanczos' iteration on products of the
+    Hessian with vectors: it needs fewer of them than the power iteration, and finds the largest, not the longest."""
     parameters = list(model.parameters())
     loss = F.cross_entropy(model(split.x), split.y)
     slopes = torch.autograd.grad(loss, parameters, create_graph=True)

@@ -38,7 +38,7 @@ class Tuned:
 
     def stability(self, B: float) -> float:
         """The largest eigenvalue of P^-1 H at which steps m <- beta m + (1 - beta) g, p <- p - step m/P do not diverge:
-        (2 + 2 beta)/((1 - beta) step) (Cohen et al., arXiv:2207.14484, eq. 2)."""
+        (2 + 2 beta)/((1 - beta) step) (Cohen et al., arXiv:2207.14484)."""
         beta = self.beta ** (B / self.batch_size)
         return (2 + 2 * beta) / ((1 - beta) * B * self.lr / self.batch_size)
 
