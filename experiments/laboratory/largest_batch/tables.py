@@ -6,7 +6,6 @@ import numpy as np
 
 from experiments.documents import Cell, Table
 from experiments.laboratory.largest_batch.analysis import BROKEN, Analysis
-from experiments.laboratory.largest_batch.findings import measured
 from experiments.laboratory.largest_batch.predictors import PREDICTORS
 
 
@@ -15,7 +14,7 @@ def own_tables(found: Analysis) -> list[Table]:
     ends: list[list[Cell]] = []
     for label in found.labels:
         losses = [found.broken(label, i) for i in range(1, len(found.sizes))]
-        ends.append([label, *losses, measured(found, label), measured(found, label, 1)])
+        ends.append([label, *losses, _end(found, label), _end(found, label, 1)])
     predicted: list[list[Cell]] = [
         [
             predictor,
@@ -58,6 +57,10 @@ def own_tables(found: Analysis) -> list[Table]:
             (),
         ),
     ]
+
+
+def _end(found: Analysis, label: str, below: int = 0) -> Cell:
+    return f"> {found.sizes[-1]}" if found.beyond(label, below) else found.breakdown(label, below)
 
 
 OWN_TERMS = {
