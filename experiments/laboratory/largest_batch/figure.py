@@ -21,7 +21,8 @@ def caption(found: Analysis) -> str:
     return (
         f"Left: final training loss over that at B = {found.home}, with the learning rate tuned there; invariance ends "
         f"at the dashed line, {BROKEN:g} times. Middle: the batch size where it ends, and what each predictor says of "
-        f"it; an arrow marks what ends beyond B = {found.sizes[-1]}. Right: the predictors along the run of {BATCHES}; "
+        f"it, in the same colours; an arrow marks what ends beyond B = {found.sizes[-1]}. Right: the predictors along "
+        f"the run of {BATCHES}; "
         "the band is where invariance ends. Geometric means over "
         f"{len(found.settings.seeds)} seeds; bars and band are 95% intervals."
     )
@@ -74,7 +75,6 @@ def _predicted(axes: Axes, found: Analysis, theme: Theme) -> None:
             lw=0,
             elinewidth=1.2,
             capsize=2,
-            label=label,
         )
         if found.beyond(label):
             axes.plot(found.sizes[-1] * 1.4, heights[0], color=colour[label], marker=">", ms=4.5)
@@ -85,7 +85,6 @@ def _predicted(axes: Axes, found: Analysis, theme: Theme) -> None:
     axes.axhline(0.5, color=theme.faint, lw=0.7)
     axes.set_xlabel("batch size B")
     axes.set_title("Where invariance ends")
-    axes.legend(fontsize=7, labelspacing=0.25)
 
 
 def _along(axes: Axes, found: Analysis, theme: Theme) -> None:

@@ -133,14 +133,24 @@ def _price(found: Analysis, label: str) -> Finding:
 
 
 def _nearest(found: Analysis) -> str:
-    def distance(predictor: str) -> float:
-        return float(np.mean([abs(np.log(found.ratio_to_measured(label, predictor).value)) for label in PLAIN]))
+    everyone = found.everyone
 
-    ranked = sorted(PREDICTORS, key=distance)
-    told = ", ".join(f"{predictor} by a factor of {np.exp(distance(predictor)):.2g}" for predictor in ranked)
+    def distances(averaged: bool) -> str:
+        def distance(predictor: str) -> float:
+            off = []
+            for label in PLAIN:
+                along = found.predicted[label, predictor].mean(axis=0)
+                predicted = along.mean() if averaged else along.min()
+                off.append(abs(predicted - found.log_breakdown(label, everyone)))
+            return float(np.exp(np.mean(off)))
+
+        ranked = sorted(PREDICTORS, key=distance)
+        return ", ".join(f"{predictor} by a factor of {distance(predictor):.2g}" for predictor in ranked)
+
     return (
         f"Distances of predictions from what is measured, the smallest batch size with {BROKEN:g} times the loss, or "
-        f"the largest there is: {told}, geometric means over {len(PLAIN)} methods."
+        f"the largest there is: {distances(averaged=False)}; geometric means over {len(PLAIN)} methods. With the mean "
+        f"over the looks at a run, in place of the look where a prediction is smallest: {distances(averaged=True)}."
     )
 
 
@@ -148,8 +158,8 @@ def _over_time(found: Analysis) -> str:
     def told(label: str) -> str:
         tuned = found.tuned[label]
         shares = [
-            f"{s * tuned.lr * (1 - tuned.beta) / (2 + 2 * tuned.beta):.2g}"
-            for s in np.exp(np.log(found.sharpness[label]).mean(axis=0))
+            f"{sharpness / tuned.stability(found.home):.2g}"
+            for sharpness in np.exp(np.log(found.sharpness[label]).mean(axis=0))
         ]
         return f"{label} {', '.join(shares)}"
 
