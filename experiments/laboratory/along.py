@@ -20,8 +20,8 @@ from experiments.schemas.run import Decay
 
 
 class Look(NamedTuple):
-    """After so many examples were seen. The model is not to be changed, and what is attached to it is the run's: `looked_at`
-    gives a copy."""
+    """After so many examples. The model is not to be changed, and what is attached to it is the run's: `looked_at` gives
+    a copy."""
 
     seen: int
     data: Dataset
