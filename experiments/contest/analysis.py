@@ -139,6 +139,11 @@ class Contest:
 
         return self.over_log(price)
 
+    def time_ratio(self, label: str, other: str, B: int) -> Estimate:
+        """Of the seconds of runs, each a median over the learning rates."""
+        first, second = (np.log(np.median(self.runs[name, B].seconds, axis=1)) for name in (label, other))
+        return self.over_log(lambda rows: float((first[rows] - second[rows]).mean()))
+
     def seconds(self, label: str, B: int) -> float:
         """Of a run: a median, so that what else the machine did is left out."""
         return float(np.median(self.runs[label, B].seconds))

@@ -41,9 +41,8 @@ def _close(found: Contest, label: str, B: int) -> Finding:
 
 
 def _seconds(found: Contest, labels: Sequence[str], B: int) -> str:
-    exact = found.seconds(EXACT, B)
-    told = ", ".join(f"{label} {found.seconds(label, B) / exact:.2f}" for label in labels)
-    return f"At B = {B} runs take, in units of the exact one's {exact:.2f} s: {told}."
+    told = ", ".join(f"{label} {found.time_ratio(label, EXACT, B)}" for label in labels)
+    return f"At B = {B} runs take, in units of the exact one's {found.seconds(EXACT, B):.2f} s: {told}."
 
 
 STUDY = Estimators

@@ -43,7 +43,7 @@ def results(
         record = Record(
             label, label, 2.0**octave, B, seed, "", "finished", EXAMPLES, curve, [1.5 * v for v in curve], [0.0] * 6
         )
-        record.seconds = (seconds or {}).get(label, 1.0)
+        record.seconds = (seconds or {}).get(label, 1.0) * math.exp(noise * random.normal())
         coordinates = {"contestant": label, "batch_size": B, "octave": float(octave), "seed": seed, "lr": 2.0**octave}
         found.append(Result(coordinates, record, record.seconds))
     return found
