@@ -20,7 +20,7 @@ from experiments.schemas.run import Decay
 
 
 class Look(NamedTuple):
-    """After so many examples. The model is not to be changed, and what is attached to it is the run's: `looked_at` has
+    """After so many examples. The model is not to be changed, and what is attached to it is the run's; `looked_at` is
     a copy."""
 
     seen: int
