@@ -182,7 +182,7 @@ def test_a_fixed_size_is_the_run_of_along():
     problem = problem_of(compose_config(["model.widths=[8]"]))
     own = list(stepping(problem, "batch_invariant_adam", Contender(16, 16), 8e-3, 1280, 64, 0, [128, 256]))
     method = dataclasses.replace(default_optimizer("batch_invariant_adam"), lr=8e-3)
-    *_, (_, _, expected) = along(problem, method, 16, 64, 0, [128, 256])
+    *_, (_, _, expected, _) = along(problem, method, 16, 64, 0, [128, 256])
     for a, b in zip(own[-1].model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     assert own[-1].steps == 16
