@@ -16,7 +16,10 @@ CLOSE = 1.05  # of the loss of the exact one
 class Estimators(ContestStudy[ContestConfig]):
     title = "Estimated second moments"
     question = "What does it cost in loss to estimate the second moment of examples, and what does it save in time?"
-    source = "DESIGN of gradstats: exact, in bfloat16, of some batches or examples, of micro-batches, by random signs"
+    source = (
+        "Open: what attach(..., statistics_dtype=, every=, fraction=, engine='random_sign') estimate without bias; "
+        "micro-batches: Wang & Aitchison 2024"
+    )
 
     def required(self) -> Sequence[str]:
         return (EXACT,)

@@ -18,7 +18,9 @@ KEPT = 1.01
 class TokenOrSequence(ContestStudy[ContestConfig]):
     title = "Tokens or sequences"
     question = "Is the example of a language model's second moment the token, or the sequence?"
-    source = "DESIGN of gradstats: granularity; tokens of a sequence are not drawn independently"
+    source = (
+        "Open: McAllester, TTIC 31230, squares the gradient of an example, which in a text is a token or a sequence"
+    )
 
     def required(self) -> Sequence[str]:
         return (SEQUENCE, TOKEN, TOKENS, ADAM)
