@@ -41,8 +41,8 @@ def _faster(found: Contest, B: int) -> Finding:
     return Finding(
         f"B = {B}: squares of examples take less time than squares of micro-batches",
         ratio.verdict(1),
-        f"A run takes {found.seconds(SAME, B):.2f} s against {found.seconds(MICROBATCH, B):.2f} s on this machine, a ratio "
-        f"of {ratio}; R = 1 takes {found.seconds(EXAMPLE, B):.2f} s.",
+        f"A run takes {found.seconds(SAME, B):.2f} s against {found.seconds(MICROBATCH, B):.2f} s on this machine, a "
+        f"ratio of {ratio}; R = 1 takes {found.seconds(EXAMPLE, B):.2f} s.",
     )
 
 

@@ -57,7 +57,7 @@ class TuneOnce(Invariance[TuneOnceConfig]):
     question = (
         "What does it cost to tune at one batch size and run at all, and which reference batch size transfers best?"
     )
-    source = "McAllester, TTIC 31230: values that are tuned at one batch size hold at any (R = 1); R = B0 begins as torch's Adam"
+    source = "McAllester, TTIC 31230: values tuned at one batch size hold at any (R = 1); R = B0 begins as torch's Adam"
 
     def subsets(self) -> list[tuple[str, list[Any], list[Any]]]:
         chosen = ("regret_batch_sizes", self.settings.regret_batch_sizes, self.settings.batch_sizes)
