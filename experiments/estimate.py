@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm, t
 
 Array = NDArray[np.float64]
+Rows = NDArray[np.int64]  # seeds, drawn with repetition
 
 Verdict = Literal["holds", "does not hold", "cannot be judged"]
 
@@ -37,6 +38,10 @@ class Estimate:
 
     def interval(self) -> str:
         return f"{_number(self.low, self.percent)}, {_number(self.high, self.percent)}"
+
+    def exp(self) -> Estimate:
+        """Of what this is the natural logarithm of: its interval is above 0."""
+        return Estimate(float(np.exp(self.value)), float(np.exp(self.low)), float(np.exp(self.high)))
 
     def verdict(self, bar: float) -> Verdict:
         """Whether the number lies below the bar: judged only where the whole interval is on one side."""
@@ -94,7 +99,7 @@ def at_edge(tuned: str, cases: Sequence[str]) -> list[str]:
 
 
 @cache
-def resamples(seeds: int) -> NDArray[np.int64]:
+def resamples(seeds: int) -> Rows:
     """Rows that bootstrap resamples draw, (DRAWS, seeds). All that shares seeds is resampled by the same ones."""
     return np.random.default_rng(0).integers(seeds, size=(DRAWS, seeds))
 
@@ -116,6 +121,12 @@ def over_seeds(values: Array, statistic: Callable[[Array], float] | None = None)
         values = values.reshape(len(values), -1).mean(axis=1)
     value = float(values.mean()) if statistic is None else float(statistic(values))
     return interval(value, resampled(values, statistic) if len(values) > 1 else np.array([]), len(values))
+
+
+def over_rows(seeds: int, statistic: Callable[[Rows], float]) -> Estimate:
+    """A statistic of the seeds at some positions, as `over_seeds`: for what chooses anew in every resample."""
+    draws = [statistic(rows) for rows in resamples(seeds)] if seeds > 1 else []
+    return interval(float(statistic(np.arange(seeds))), np.array(draws), seeds)
 
 
 def interval(value: float, draws: Array, seeds: int) -> Estimate:
@@ -152,5 +163,4 @@ def ratio_of_means(first: Array, second: Array) -> Estimate:
 
 def geometric_mean(values: Array) -> Estimate:
     """Of values (S,), one a seed; its interval is above 0."""
-    found = over_seeds(np.log(values))
-    return Estimate(float(np.exp(found.value)), float(np.exp(found.low)), float(np.exp(found.high)))
+    return over_seeds(np.log(values)).exp()

@@ -6,16 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from experiments.cube import cube
-from experiments.estimate import Array, Estimate, Finding, at_edge, interval, notes, resamples
+from experiments.estimate import Array, Estimate, Finding, Rows, Verdict, at_edge, notes, over_rows
 from experiments.jobs import Result
 from experiments.laboratory.schemas import ContestConfig
 from experiments.parabola import lowest_point
 from experiments.record import Record
-
-Rows = NDArray[np.int64]  # seeds, drawn with repetition
 
 
 @dataclass(frozen=True)
@@ -52,14 +49,11 @@ class Contest:
 
     def over(self, statistic: Callable[[Rows], float]) -> Estimate:
         """A statistic of the runs of some seeds, with its interval."""
-        seeds = len(self.everyone)
-        draws = [statistic(rows) for rows in resamples(seeds)] if seeds > 1 else []
-        return interval(float(statistic(self.everyone)), np.array(draws), seeds)
+        return over_rows(len(self.everyone), statistic)
 
     def over_log(self, statistic: Callable[[Rows], float]) -> Estimate:
         """Of what this is the logarithm of, whose interval is above 0."""
-        found = self.over(statistic)
-        return Estimate(float(np.exp(found.value)), float(np.exp(found.low)), float(np.exp(found.high)))
+        return self.over(statistic).exp()
 
     def over_finite(self, statistic: Callable[[Rows], float]) -> Estimate:
         """Of a positive statistic that may be no number, with an interval above 0: none unless it is a number in every
@@ -79,28 +73,37 @@ class Contest:
         return self.runs[label, B].tuned(self.everyone)
 
     def at_equal_seconds(self, label: str, other: str, B: int) -> Estimate:
-        """Training loss of the one over that of the other, each at its tuned learning rate, after as long as the
-        faster one's run takes: interpolated in ln(loss), along examples."""
-        least = min(self.seconds(label, B), self.seconds(other, B))
+        """Training loss of the one over that of the other, after as long as the faster one's run takes, each at the
+        learning rate that is best by then: interpolated in ln(loss), along examples."""
 
-        def log_loss(name: str, rows: Rows) -> float:
-            runs = self.runs[name, B]
-            reached = least / self.seconds(name, B) * runs.examples[-1]
-            return float(np.interp(reached, runs.examples, runs.curve[rows, runs.tuned(rows)].mean(axis=0)))
+        def log_losses(rows: Rows) -> list[float]:
+            runs = [self.runs[name, B] for name in (label, other)]
+            seconds = [float(np.median(one.seconds[rows])) for one in runs]
+            return [
+                min(float(np.interp(min(seconds) / own * one.examples[-1], one.examples, curve)) for curve in curves)
+                for one, own in zip(runs, seconds, strict=True)
+                for curves in (one.curve[rows].mean(axis=0),)
+            ]
 
-        return self.over_log(lambda rows: log_loss(label, rows) - log_loss(other, rows))
+        def log_ratio(rows: Rows) -> float:
+            first, second = log_losses(rows)
+            return first - second
+
+        return self.over_log(log_ratio)
 
     def examples_to(self, label: str, B: int, target: float, rows: Rows) -> float:
         """Examples until the training loss is at the target, at the learning rate that takes the fewest of them; inf if
         none gets there. Interpolated in the mean of ln(loss) over seeds, along examples."""
-        runs = self.runs[label, B]
-        return min(reached(runs.examples, curve, float(np.log(target))) for curve in runs.curve[rows].mean(axis=0))
+        return min(self._examples_to(label, B, target, rows))
 
     def quickest(self, label: str, B: int, target: float) -> int:
         """Where its learning rates have the one of `examples_to`."""
+        return int(np.argmin(self._examples_to(label, B, target, self.everyone)))
+
+    def _examples_to(self, label: str, B: int, target: float, rows: Rows) -> list[float]:
+        """By learning rate."""
         runs = self.runs[label, B]
-        curves = runs.curve[self.everyone].mean(axis=0)
-        return int(np.argmin([reached(runs.examples, curve, float(np.log(target))) for curve in curves]))
+        return [reached(runs.examples, curve, float(np.log(target))) for curve in runs.curve[rows].mean(axis=0)]
 
     def best_octave(self, label: str, B: int, rows: Rows) -> float:
         """That of the lowest training loss, between octaves by a parabola (experiments.parabola)."""
@@ -125,11 +128,14 @@ class Contest:
         return self.over_log(lambda rows: self.log_doubled(label, B, rows))
 
     def log_doubled(self, label: str, B: int, rows: Rows) -> float:
+        """Not a number where the tuned learning rate is the highest."""
         runs = self.runs[label, B]
-        return at(runs, rows, min(runs.tuned(rows) + 1, len(runs.octaves) - 1)) - at(runs, rows)
+        above = runs.tuned(rows) + 1
+        return at(runs, rows, above) - at(runs, rows) if above < len(runs.octaves) else np.nan
 
     def kept(self, label: str, B: int, home: int) -> Estimate:
-        """Training loss at B with the learning rate tuned at another batch size, over that with its own."""
+        """Training loss at B with the learning rate tuned at another batch size, over that with its own: at least that
+        where it was not run at B."""
         here, there = self.runs[label, B], self.runs[label, home]
 
         def price(rows: Rows) -> float:
@@ -138,6 +144,12 @@ class Contest:
             return at(here, rows, lr) - at(here, rows)
 
         return self.over_log(price)
+
+    def is_kept(self, label: str, B: int, home: int, bar: float) -> Verdict:
+        """Whether `kept` is at most the bar: of what is only known to be at least so much, that cannot be seen."""
+        verdict = self.kept(label, B, home).verdict(bar)
+        known = self.runs[label, home].octaves[self.best(label, home)] in self.runs[label, B].octaves
+        return verdict if known or verdict == "does not hold" else "cannot be judged"
 
     def time_ratio(self, label: str, other: str, B: int) -> Estimate:
         """Of the seconds of runs, each a median over the learning rates."""

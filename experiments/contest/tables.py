@@ -26,7 +26,7 @@ def _at(found: Contest, B: int) -> Table:
     return Table(
         title=f"B = {B}",
         explanation="Final losses (nats), geometric means over seeds, each at its own tuned learning rate; what twice "
-        "that learning rate does to the training loss, as a factor; and what a run takes.",
+        "that learning rate does to the training loss, as a factor; and what a run takes, its evaluations included.",
         columns=["Method", "Training loss", "Held-out loss", "Tuned lr", "At twice the lr", "Seconds"],
         rows=rows,
         emphasised=(best,),

@@ -70,7 +70,7 @@ def _eps(found: Contest, label: str) -> Finding:
     return Finding(
         f"With eps of the size of the gradients and beside the root mean square of {of}, the learning rate tuned at "
         f"B = {home} is good at B = {away}: at most {KEPT:g} times the loss of the one tuned there",
-        price.verdict(KEPT),
+        found.is_kept(label, away, home, KEPT),
         f"It makes the training loss {price} times as high. Tuned for itself, that is {found.loss(label, away)} at "
         f"B = {away} and {found.loss(label, home)} at B = {home}.",
     )

@@ -51,8 +51,9 @@ def _lower(found: Contest, B: int) -> Finding:
     return Finding(
         f"B = {B}: at equal wall-clock, squares of examples reach a lower loss",
         ratio.verdict(1),
-        f"When the faster run ends, the training loss of R = 4 is {ratio} times that of micro-batches of 4, and that "
-        f"of R = 1 {found.at_equal_seconds(EXAMPLE, MICROBATCH, B)} times.",
+        "When the faster run ends, each at the learning rate that is best by then, the training loss of R = 4 is "
+        f"{ratio} times that of micro-batches of 4, and that of R = 1 "
+        f"{found.at_equal_seconds(EXAMPLE, MICROBATCH, B)} times.",
     )
 
 

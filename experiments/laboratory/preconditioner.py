@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.contest.analysis import Contest, Rows
+from experiments.contest.analysis import Contest
 from experiments.contest.plan import ContestStudy
-from experiments.estimate import Finding, Verdict, notes
+from experiments.estimate import Finding, Rows, Verdict, notes
 from experiments.laboratory.schemas import ContestConfig
 from experiments.laboratory.verdicts import equals
 

@@ -71,7 +71,7 @@ def _kept(found: Contest, label: str, home: int, away: int) -> Finding:
     return Finding(
         f"{label.capitalize()}: the learning rate tuned at B = {home} is good at B = {away}: at most {KEPT:g} times "
         "the loss of the one tuned there",
-        price.verdict(KEPT),
+        found.is_kept(label, away, home, KEPT),
         f"It makes the training loss {price} times as high.",
     )
 

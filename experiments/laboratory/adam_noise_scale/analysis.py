@@ -8,10 +8,10 @@ from operator import itemgetter
 
 import numpy as np
 
-from experiments.contest.analysis import Contest, Rows, contest
+from experiments.contest.analysis import Contest, contest
 from experiments.contest.followed import runs_of
 from experiments.cube import cube
-from experiments.estimate import Array, Estimate
+from experiments.estimate import Array, Estimate, Rows
 from experiments.jobs import Result
 from experiments.laboratory.adam_noise_scale.measure import PARTS, SIZES
 from experiments.laboratory.knee import Knee, fitted, surge_law

@@ -10,8 +10,8 @@ from math import log
 
 import numpy as np
 
-from experiments.contest.analysis import Contest, Rows, contest
-from experiments.estimate import Array, Estimate
+from experiments.contest.analysis import Contest, contest
+from experiments.estimate import Array, Estimate, Rows
 from experiments.jobs import Result
 from experiments.laboratory.largest_batch.predictors import PREDICTORS, Tuned, predictions
 from experiments.laboratory.schemas import LargestBatchConfig

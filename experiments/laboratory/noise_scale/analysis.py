@@ -9,10 +9,10 @@ from operator import getitem
 
 import numpy as np
 
-from experiments.contest.analysis import Contest, Rows, contest
+from experiments.contest.analysis import Contest, contest
 from experiments.contest.followed import runs_of
 from experiments.cube import cube
-from experiments.estimate import Array, Estimate
+from experiments.estimate import Array, Estimate, Rows
 from experiments.jobs import Result
 from experiments.laboratory.knee import Knee, fitted, steps_law
 from experiments.laboratory.noise_scale.measure import METHODS, WHOLE

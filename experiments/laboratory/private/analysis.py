@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
-from numpy.typing import NDArray
 
 from experiments.cube import cube
-from experiments.estimate import Array, Estimate, geometric_mean, interval, resamples
+from experiments.estimate import Array, Estimate, Rows, geometric_mean, over_rows
 from experiments.jobs import Result
 from experiments.laboratory.private.methods import METHODS
 from experiments.laboratory.private.peers import BASES, KEPT, OURS, PEERS
 from experiments.laboratory.schemas import PrivateConfig
 
-Rows = NDArray[np.int64]  # seeds, drawn with repetition
 OTHERS = tuple(name for name in PEERS if name != OURS)
 
 
@@ -55,10 +54,7 @@ class Analysis:
 
     def over(self, statistic: Callable[[Rows], float], percent: bool = False) -> Estimate:
         """A statistic of the runs of some seeds, with its interval."""
-        seeds = len(self.everyone)
-        draws = [statistic(rows) for rows in resamples(seeds)] if seeds > 1 else []
-        found = interval(float(statistic(self.everyone)), np.array(draws), seeds)
-        return Estimate(found.value, found.low, found.high, percent)
+        return dataclasses.replace(over_rows(len(self.everyone), statistic), percent=percent)
 
     def mean(self, method: str, epsilon: float | None, values: str, rows: Rows) -> float:
         """Over seeds, at the learning rate that they tune."""
@@ -69,8 +65,7 @@ class Analysis:
         return self.over(lambda rows: self.mean(method, epsilon, "accuracy", rows), percent=True)
 
     def loss(self, method: str, epsilon: float | None) -> Estimate:
-        found = self.over(lambda rows: self.mean(method, epsilon, "log_loss", rows))
-        return Estimate(float(np.exp(found.value)), float(np.exp(found.low)), float(np.exp(found.high)))
+        return self.over(lambda rows: self.mean(method, epsilon, "log_loss", rows)).exp()
 
     def ahead(self, first: str, second: str, epsilon: float | None) -> Estimate:
         """Accuracy of the one above that of the other."""

@@ -31,6 +31,35 @@ def test_equal_seconds_give_the_slower_one_fewer_examples():
     assert found.at_equal_seconds(B, C, 16).value == pytest.approx(1)
 
 
+def test_at_equal_seconds_each_has_the_learning_rate_that_is_best_by_then():
+    made = results(STUDY, lambda *_: 0.5, seconds={A: 2.0}, noise=0)
+    for result in made:
+        if result.coordinates["contestant"] == A and result.coordinates["octave"] == 2.0:
+            # Soon at its last loss, which at the end is not the lowest.
+            result.found.train_loss = [2.0] + [0.6] * 5
+    found = contest(STUDY, made)
+    assert found.best(A, 16) == 2
+    assert found.at_equal_seconds(A, B, 16).value == pytest.approx(0.6 / 0.5)
+
+
+def test_twice_the_highest_learning_rate_is_not_known():
+    found = contest(STUDY, results(STUDY, lambda *_: 0.5, best=lambda *_: 2.0, noise=0))
+    assert math.isnan(found.doubled(A, 16).value)
+
+
+def test_a_learning_rate_that_was_not_run_is_not_seen_to_be_good():
+    def best(label: str, B: int) -> float:
+        return 2.0 if B == 16 else 0.0
+
+    made = results(STUDY, lambda *_: 0.5, best=best, noise=0)
+    found = contest(STUDY, made)
+    assert found.is_kept(A, 64, 16, 3.0) == "holds"
+    short = [r for r in made if r.coordinates["batch_size"] == 16 or r.coordinates["octave"] != 2.0]
+    found = contest(STUDY, short)
+    assert found.kept(A, 64, 16).value == pytest.approx(math.exp(0.2))
+    assert found.is_kept(A, 64, 16, 3.0) == "cannot be judged" and found.is_kept(A, 64, 16, 1.1) == "does not hold"
+
+
 def test_intervals_are_over_seeds_and_above_zero():
     found = contest(STUDY, results(STUDY, lambda label, _: 0.1, noise=1.0))
     ratio = found.ratio(A, B, 16)
