@@ -30,6 +30,7 @@ from experiments.study import OF_RUNS, Outcome, Study
 FARTHEST = 6  # octaves from where it began: a factor 64
 
 S = TypeVar("S", bound=ContestConfig)
+Losses = dict[float, list[float]]  # of all seeds, by octave
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,27 @@ class TunedStudy(Study[S]):
         settings = self.settings
         planned: list[tuple[int, float, Job]] = []
         for (label, one), B in product(self.contestants().items(), settings.batch_sizes):
-            scores: list[dict[float, list[float]]] = []
-            for result in known:
-                if result.coordinates["contestant"] == label and result.coordinates["batch_size"] == B:
-                    octave = result.coordinates["octave"]
-                    assert isinstance(octave, float)
-                    criteria = self.criteria(result.found)
-                    scores = scores or [{} for _ in criteria]
-                    for by_octave, score in zip(scores, criteria, strict=True):
-                        by_octave.setdefault(octave, []).append(score)
             of_one = dataclasses.replace(config, engine=one.engine)
-            octaves = sorted({o for by_octave in scores or [{}] for o in bracket(settings.octaves, by_octave)})
+            octaves = sorted({o for losses in self.losses(known, label, B) for o in bracket(settings.octaves, losses)})
             for octave, seed in product(octaves, settings.seeds):
                 optimizer = dataclasses.replace(one.optimizer, lr=one.optimizer.lr * 2**octave)
                 job = self.training(of_one, optimizer, B, seed, contestant=label, octave=octave)
                 planned.append((seed, octave, job))
         # Contestants take turns, so that a change of the machine's speed meets all of them alike.
         return [job for *_, job in sorted(planned, key=lambda row: row[:2])]
+
+    def losses(self, known: Sequence[Result], label: str, B: int) -> list[Losses]:
+        """By each of the criteria."""
+        scores: list[Losses] = []
+        for result in known:
+            if (result.coordinates["contestant"], result.coordinates["batch_size"]) == (label, B):
+                octave = result.coordinates["octave"]
+                assert isinstance(octave, float)
+                criteria = self.criteria(result.found)
+                scores = scores or [{} for _ in criteria]
+                for by_octave, score in zip(scores, criteria, strict=True):
+                    by_octave.setdefault(octave, []).append(score)
+        return scores or [{}]
 
     def criteria(self, record: Record) -> list[float]:
         """What learning rates are tuned for, each above 0 and better the lower; inf where it cannot be had."""
@@ -121,17 +126,21 @@ class ContestStudy(TunedStudy[S]):
         )
 
 
-def bracket(octaves: Sequence[float], losses: dict[float, list[float]]) -> list[float]:
-    """Those to run, given the losses of those that were: the first ones, and a neighbour where the best has none."""
+def bracket(octaves: Sequence[float], losses: Losses) -> list[float]:
+    """Those to run, given the losses of those that were: the first ones, and the neighbours that the best lacks."""
     if not losses:
         return [float(octave) for octave in sorted(octaves)]
-    known, step = sorted(losses), min(np.diff(sorted(octaves)))
-    means = {octave: float(np.log(losses[octave]).mean()) for octave in known}
-    if not np.isfinite(list(means.values())).any():
-        return known
-    best = min(known, key=means.__getitem__)
-    if best == known[0] and best - step >= -FARTHEST:
-        return [best - step, *known]
-    if best == known[-1] and best + step <= FARTHEST:
-        return [*known, best + step]
-    return known
+    if not np.isfinite([np.log(of_one).mean() for of_one in losses.values()]).any():
+        return sorted(losses)
+    best, step = best_octave(losses), float(min(np.diff(sorted(octaves))))
+    return sorted({*losses, *(octave for octave in (best - step, best + step) if abs(octave) <= FARTHEST)})
+
+
+def best_octave(losses: Losses) -> float:
+    """That of the lowest geometric mean."""
+    return min(sorted(losses), key=lambda octave: float(np.log(losses[octave]).mean()))
+
+
+def tuned_octave(octaves: Sequence[float], losses: Losses) -> float | None:
+    """The best one, once it has a neighbour on either side."""
+    return best_octave(losses) if losses and not set(bracket(octaves, losses)) - set(losses) else None

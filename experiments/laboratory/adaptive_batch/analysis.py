@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.cube import cube
-from experiments.estimate import Array, Estimate, over_seeds
+from experiments.estimate import Array, Estimate, Rows, geometric_mean, over_rows, over_seeds
 from experiments.jobs import Result
 from experiments.laboratory.adaptive_batch.contenders import DECAYS, KEPT, STEP, Contender, contenders, fixed
 from experiments.laboratory.schemas import AdaptiveBatchConfig
@@ -23,13 +23,35 @@ PRICES = ("seconds", "steps")
 
 @dataclass(frozen=True)
 class Tuned:
-    """ln of the final losses (S,) at the learning rate with the lowest training loss, over so many examples."""
+    """ln of the final losses (S, L) at learning rates, ascending, over so many examples."""
 
     examples: int
-    lr: float
+    rates: Array
     train: Array
     test: Array
-    at_edge: bool
+
+    def best(self, rows: Rows) -> int:
+        """The position of the learning rate with the lowest training loss."""
+        return int(self.train[rows].mean(axis=0).argmin())
+
+    def log_loss(self, rows: Rows, held_out: bool = False) -> float:
+        """At the learning rate that these seeds tune."""
+        return float((self.test if held_out else self.train)[rows, self.best(rows)].mean())
+
+    def loss(self, held_out: bool = False) -> Estimate:
+        return over_rows(len(self.train), lambda rows: self.log_loss(rows, held_out)).exp()
+
+    @property
+    def everyone(self) -> Rows:
+        return np.arange(len(self.train))
+
+    @property
+    def lr(self) -> float:
+        return float(self.rates[self.best(self.everyone)])
+
+    @property
+    def at_edge(self) -> bool:
+        return self.best(self.everyone) in (0, len(self.rates) - 1)
 
 
 @dataclass(frozen=True)
@@ -62,11 +84,12 @@ class Analysis:
 
     def rival(self, B: int) -> str:
         """The better decay at a fixed batch size, by training loss at equal examples."""
-        return min((fixed(decay, B) for decay in DECAYS), key=lambda label: float(self.tuned[label].train.mean()))
+        labels = [fixed(decay, B) for decay in DECAYS]
+        return min(labels, key=lambda label: self.tuned[label].loss().value)
 
     def rival_at_equal(self, price: str, growing: str, B: int) -> str:
         labels = [fixed(decay, B) for decay in DECAYS]
-        return min(labels, key=lambda label: float(self.limited[price, growing, label].train.mean()))
+        return min(labels, key=lambda label: self.limited[price, growing, label].loss().value)
 
     def ratio(self, label: str, other: str, held_out: bool = False) -> Estimate:
         """Of final losses at equal examples."""
@@ -78,29 +101,24 @@ class Analysis:
 
     def steps(self, label: str, other: str) -> Estimate:
         """Of the one, over those of the other."""
-        return geometric(np.log(self.races[label].steps[:, -1] / self.races[other].steps[:, -1]))
+        return geometric_mean(self.races[label].steps[:, -1] / self.races[other].steps[:, -1])
 
     def seconds(self, label: str, other: str) -> Estimate:
-        return geometric(np.log(self.races[label].seconds[:, -1] / self.races[other].seconds[:, -1]))
+        return geometric_mean(self.races[label].seconds[:, -1] / self.races[other].seconds[:, -1])
 
     def to_noise(self, label: str) -> Estimate:
         """Batch size over the noise scale of the moment, or the largest size where that is smaller; geometric mean over
         the second half of the looks."""
         race, half = self.races[label], len(self.counts) // 2
-        wanted = np.minimum(race.noise[:, half:], self.settings.largest)
-        if np.isnan(wanted).all(axis=1).any():
-            return Estimate(math.nan, math.nan, math.nan)
-        return geometric(np.nanmean(np.log(race.size[:, half:] / wanted), axis=1))
-
-
-def geometric(logarithms: Array) -> Estimate:
-    """The geometric mean over seeds of what has these natural logarithms (S,)."""
-    mean = over_seeds(logarithms)
-    return Estimate(float(np.exp(mean.value)), float(np.exp(mean.low)), float(np.exp(mean.high)))
+        # Where it is not known, no signal is seen: it is more than the largest size.
+        noise = np.nan_to_num(race.noise[:, half:], nan=np.inf)
+        return over_seeds(np.log(race.size[:, half:] / np.minimum(noise, self.settings.largest))).exp()
 
 
 def compared(one: Tuned, other: Tuned, held_out: bool) -> Estimate:
-    return geometric(one.test - other.test if held_out else one.train - other.train)
+    """Of losses, each at its tuned learning rate; tuning is repeated in every resample."""
+    seeds = len(one.train)
+    return over_rows(seeds, lambda rows: one.log_loss(rows, held_out) - other.log_loss(rows, held_out)).exp()
 
 
 def is_tuning(result: Result) -> bool:
@@ -136,10 +154,6 @@ def losses_of(results: Sequence[Result], contender: Contender, examples: int, ba
     return found
 
 
-def best_octave(losses: dict[float, list[float]]) -> float:
-    return min(sorted(losses), key=lambda octave: float(np.log(losses[octave]).mean()))
-
-
 def at_equal(settings: AdaptiveBatchConfig, races: Sequence[Result], warmup: int) -> dict[tuple[str, str, str], int]:
     """By price, growing contender and one that decays: the examples for which the latter pays what the former paid for
     all, in multiples of the largest batch, and not less than twice the warm-up."""
@@ -155,12 +169,12 @@ def at_equal(settings: AdaptiveBatchConfig, races: Sequence[Result], warmup: int
 
 
 def tuned_of(results: Sequence[Result], contender: Contender, examples: int, base: float) -> Tuned:
-    chosen = of_contender(results, contender, examples)
-    losses = losses_of(results, contender, examples, base)
-    best = best_octave(losses)
-    at_best = [r for r in chosen if octave_of(r, base) == best]
-    train, test = (np.log(cube(at_best, ["seed"], lambda found, k=key: found[k]).values) for key in ("train", "test"))  # type: ignore[misc]
-    return Tuned(examples, base * 2**best, train, test, best in (min(losses), max(losses)))
+    chosen = sorted(of_contender(results, contender, examples), key=lambda result: octave_of(result, base))
+    rates = sorted({base * 2 ** octave_of(result, base) for result in chosen})
+    train, test = np.log(
+        np.moveaxis(cube(chosen, ["seed", "lr"], lambda found: [found["train"], found["test"]]).values, -1, 0)
+    )
+    return Tuned(examples, np.array(rates), train, test)
 
 
 def analyse(settings: AdaptiveBatchConfig, results: Sequence[Result], base: float) -> Analysis:

@@ -72,7 +72,7 @@ def _at_equal_seconds(axes: Axes, found: Analysis, colour: dict[str, Any], ink: 
         for growing in GROWING:
             tuned = found.limited["seconds", growing, found.rival_at_equal("seconds", growing, B)]
             seconds = float(np.median(found.races[growing].seconds[:, -1]))
-            axes.plot(seconds, np.exp(tuned.train.mean()), color=colour[growing], marker=marker, ms=5)
+            axes.plot(seconds, tuned.loss().value, color=colour[growing], marker=marker, ms=5)
     axes.legend(handles=handles, fontsize=7)
 
 

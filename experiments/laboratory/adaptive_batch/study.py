@@ -7,13 +7,12 @@ import json
 from collections.abc import Sequence
 from itertools import product
 
-from experiments.contest.plan import bracket
+from experiments.contest.plan import bracket, tuned_octave
 from experiments.errors import UserError
 from experiments.jobs import Job, Result
 from experiments.laboratory.adaptive_batch.analysis import (
     analyse,
     at_equal,
-    best_octave,
     losses_of,
     raced,
 )
@@ -120,9 +119,7 @@ class AdaptiveBatch(Study[AdaptiveBatchConfig]):
     def tuned(self, contender: Contender, examples: int, known: Sequence[Result]) -> float | None:
         """The octave of the best learning rate, once it has a neighbour on either side."""
         losses = losses_of(known, contender, examples, default_optimizer(self.settings.method).lr)
-        if not losses or set(bracket(self.settings.octaves, losses)) - set(losses):
-            return None
-        return best_octave(losses)
+        return tuned_octave(self.settings.octaves, losses)
 
     def outcome(self, results: Sequence[Result]) -> Outcome:
         analysis = analyse(self.settings, results, default_optimizer(self.settings.method).lr)
@@ -132,7 +129,7 @@ class AdaptiveBatch(Study[AdaptiveBatchConfig]):
             draw=lambda theme: draw(analysis, theme),
             caption=caption(analysis),
             alternative=alternative(analysis),
-            terms=TERMS | intervals(len(self.settings.seeds)) | DIVERGED,
+            terms=TERMS | intervals(len(self.settings.seeds), "tuning is repeated") | DIVERGED,
         )
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.documents import Cell, Table
-from experiments.estimate import Array, Estimate
-from experiments.laboratory.adaptive_batch.analysis import GROWING, Analysis, geometric
+from experiments.estimate import Array, Estimate, geometric_mean
+from experiments.laboratory.adaptive_batch.analysis import GROWING, Analysis
 
 
 def tables(found: Analysis) -> list[Table]:
     labels = list(found.tuned)
-    best = min(range(len(labels)), key=lambda i: float(found.tuned[labels[i]].train.mean()))
+    best = min(range(len(labels)), key=lambda i: float(found.tuned[labels[i]].loss().value))
     equal: list[list[Cell]] = [
         [
             label,
             f"{found.tuned[label].lr:.3g}",
-            geometric(found.tuned[label].train),
-            geometric(found.tuned[label].test),
+            found.tuned[label].loss(),
+            found.tuned[label].loss(held_out=True),
             f"{np.median(found.races[label].steps[:, -1]):,.0f}",
             f"{np.median(found.races[label].seconds[:, -1]):.2f}",
         ]
@@ -28,7 +28,7 @@ def tables(found: Analysis) -> list[Table]:
             f"{price}: {growing} against {rival}",
             f"{tuned.examples:,}",
             f"{tuned.lr:.3g}",
-            geometric(tuned.train),
+            tuned.loss(),
             found.ratio_at_equal(price, growing, rival),
             found.ratio_at_equal(price, growing, rival, held_out=True),
         ]
@@ -73,7 +73,7 @@ def _mean(values: Array) -> Estimate:
     """Over the seeds of which it is known; an interval only where it is of all."""
     known = values[np.isfinite(values)]
     if len(known) == len(values):
-        return geometric(np.log(known))
+        return geometric_mean(known)
     mean = float(np.exp(np.log(known).mean())) if len(known) else float("nan")
     return Estimate(mean, float("nan"), float("nan"))
 

@@ -94,17 +94,6 @@ def log_crossing(sizes: Sequence[int], excess: Array) -> float:
     return log(sizes[-1])
 
 
-def losses_of(results: Sequence[Result], label: str, B: int) -> dict[float, list[float]]:
-    """Final training losses of a contestant's runs at a batch size, by octave; none counts for more than the first."""
-    found: dict[float, list[float]] = {}
-    for result in results:
-        if (result.coordinates["contestant"], result.coordinates["batch_size"]) == (label, B):
-            octave = result.coordinates["octave"]
-            assert isinstance(octave, float)
-            found.setdefault(octave, []).append(min(result.found.final_train_loss, result.found.train_loss[0]))
-    return found
-
-
 def analyse(
     settings: LargestBatchConfig, results: Sequence[Result], optimizers: Mapping[str, OptimizerConfig]
 ) -> Analysis:

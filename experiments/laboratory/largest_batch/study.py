@@ -7,15 +7,13 @@ import shlex
 from collections.abc import Sequence
 from itertools import product
 
-import numpy as np
-
 from experiments.contest.analysis import Contest
-from experiments.contest.plan import ContestStudy, bracket
+from experiments.contest.plan import ContestStudy, tuned_octave
 from experiments.contest.tables import TERMS, tables
 from experiments.errors import UserError
 from experiments.estimate import Finding
 from experiments.jobs import Job, Result
-from experiments.laboratory.largest_batch.analysis import Analysis, analyse, losses_of
+from experiments.laboratory.largest_batch.analysis import Analysis, analyse
 from experiments.laboratory.largest_batch.figure import alternative, caption, draw
 from experiments.laboratory.largest_batch.findings import PLAIN, SATURATING, findings
 from experiments.laboratory.largest_batch.look import look
@@ -65,10 +63,8 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
 
     def tuned(self, label: str, trained: Sequence[Result]) -> float | None:
         """The octave of the best learning rate at the smallest batch size, once it has a neighbour on either side."""
-        losses = losses_of(trained, label, min(self.settings.batch_sizes))
-        if set(bracket(self.settings.octaves, losses)) - set(losses):
-            return None
-        return min(sorted(losses), key=lambda octave: float(np.log(losses[octave]).mean()))
+        (losses,) = self.losses(trained, label, min(self.settings.batch_sizes))
+        return tuned_octave(self.settings.octaves, losses)
 
     def away(self, config: Config, label: str, best: float) -> list[Job]:
         """Runs at all batch sizes with the learning rate tuned at the smallest, and with half of that."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import compose_config
-from experiments.contest.plan import bracket, contestant
+from experiments.contest.plan import bracket, contestant, tuned_octave
 from experiments.errors import UserError
 from experiments.jobs import Result
 from experiments.laboratory.micro_batch import MicroBatch
@@ -22,7 +22,14 @@ def test_octaves_go_on_until_the_best_has_neighbours():
     assert bracket([-1, 0, 1], {-1: [0.3], 0: [0.2], 1: [0.1]}) == [-1, 0, 1, 2]
     assert bracket([-1, 0, 1], {-1: [0.1], 0: [0.2], 1: [0.3]}) == [-2, -1, 0, 1]
     assert bracket([-1, 0, 1], {-1: [0.3], 0: [0.1], 1: [0.2]}) == [-1, 0, 1]
+    assert bracket([-1, 0, 1], {-1: [0.3], 0: [0.2], 1: [0.1], 3: [0.2]}) == [-1, 0, 1, 2, 3]  # 3 is no neighbour
     assert bracket([5, 5.5, 6], {5: [3], 5.5: [2], 6: [1]}) == [5, 5.5, 6]  # as far as it goes
+
+
+def test_the_tuned_octave_has_neighbours():
+    assert tuned_octave([-1, 0, 1], {}) is None
+    assert tuned_octave([-1, 0, 1], {-1: [0.3], 0: [0.2], 1: [0.1]}) is None
+    assert tuned_octave([-1, 0, 1], {0: [0.2], 1: [0.1], 2: [0.3]}) == 1
 
 
 def test_all_are_tuned_alike_and_take_turns(tmp_path: Path):

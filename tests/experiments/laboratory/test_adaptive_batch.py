@@ -16,7 +16,7 @@ from experiments import estimate
 from experiments.config import compose_config
 from experiments.errors import UserError
 from experiments.jobs import Job, Measurement, Result
-from experiments.laboratory.adaptive_batch.analysis import GROWING, at_equal, best_octave, octave_of
+from experiments.laboratory.adaptive_batch.analysis import GROWING, Tuned, at_equal, octave_of
 from experiments.laboratory.adaptive_batch.contenders import KEPT, STEP, Contender, contenders, fixed
 from experiments.laboratory.adaptive_batch.runs import counts_of, next_size, race, stepping, trained
 from experiments.laboratory.adaptive_batch.study import AdaptiveBatch
@@ -136,6 +136,19 @@ def test_batches_far_from_the_noise_scale(config: Config):
     assert [finding.verdict for finding in far.findings if "follows" in finding.bar] == ["does not hold"] * 2
 
 
+def test_a_noise_scale_without_a_signal_is_beyond_the_largest_batch(config: Config):
+    told = [finding for finding in outcome(config, noise=math.nan).findings if "follows" in finding.bar]
+    # Sizes of 64 and 128, of which the latter is the largest.
+    assert [finding.verdict for finding in told] == ["holds"] * 2 and "B is 0.707" in told[0].sentence
+
+
+def test_tuning_is_repeated_in_every_resample():
+    log_loss = np.array([[0.0, 3.0], [2.0, 0.0]])
+    tuned = Tuned(640, np.array([1.0, 2.0]), log_loss, log_loss + 1)
+    assert tuned.lr == 1.0 and tuned.at_edge
+    assert tuned.log_loss(np.array([1, 1])) == 0 and tuned.log_loss(np.array([0, 1]), held_out=True) == 2
+
+
 def test_rivals_are_tuned_for_the_seconds_and_the_steps_of_the_growing_batch(config: Config):
     study = AdaptiveBatch(SETTINGS)
     known = planned(config, study, {}, {KEPT: 1.0, STEP: 2.0}, 2.0, 2.0)
@@ -165,7 +178,6 @@ def test_every_contender_is_tuned_alike(config: Config):
     assert {label_of(job.coordinates) for job in new} == {KEPT} and len(new) == 3
     base = default_optimizer(SETTINGS.method).lr
     assert {octave_of(Result(job.coordinates, {}, 1.0), base) for job in new} == {2.0}
-    assert best_octave({0.0: [0.2], 1.0: [0.1], 2.0: [0.3]}) == 1.0
 
 
 def test_batches_are_powers_of_two_and_meet_every_multiple():
