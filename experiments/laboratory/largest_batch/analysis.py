@@ -11,6 +11,7 @@ from math import log
 import numpy as np
 
 from experiments.contest.analysis import Contest, contest
+from experiments.contest.followed import runs_of
 from experiments.estimate import Array, Estimate, Rows
 from experiments.jobs import Result
 from experiments.laboratory.largest_batch.predictors import PREDICTORS, Tuned, predictions
@@ -98,7 +99,7 @@ def analyse(
     settings: LargestBatchConfig, results: Sequence[Result], optimizers: Mapping[str, OptimizerConfig]
 ) -> Analysis:
     """Raises ValueError unless the runs of every contestant and batch size are a grid."""
-    found = contest(settings, [r for r in results if "octave" in r.coordinates])
+    found = contest(settings, runs_of(results))
     looks = [r for r in results if "looks" in r.coordinates]
     predicted, sharpness, tuned, examples = {}, {}, {}, {}
     for label, overrides in settings.contestants.items():

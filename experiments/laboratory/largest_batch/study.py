@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import product
 
 from experiments.contest.analysis import Contest
+from experiments.contest.followed import check_followed, examples_of, runs_of
 from experiments.contest.plan import ContestStudy, tuned_octave
 from experiments.contest.tables import TERMS, tables
 from experiments.errors import UserError
@@ -18,13 +19,11 @@ from experiments.laboratory.largest_batch.figure import alternative, caption, dr
 from experiments.laboratory.largest_batch.findings import PLAIN, SATURATING, findings
 from experiments.laboratory.largest_batch.look import look
 from experiments.laboratory.largest_batch.tables import OWN_TERMS, own_tables
-from experiments.laboratory.problem import data_of, problem_of
+from experiments.laboratory.problem import problem_of
 from experiments.laboratory.schemas import LargestBatchConfig
 from experiments.laboratory.terms import DIVERGED, intervals
-from experiments.schedule import budget
-from experiments.schemas.model import MLPConfig
 from experiments.schemas.optimizer import BatchInvariantAdamConfig
-from experiments.schemas.run import Config, Decay
+from experiments.schemas.run import Config
 from experiments.study import Outcome
 
 
@@ -48,11 +47,8 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
             raise UserError("study.batch_sizes must be two or more, and study.looks 1 or more")
 
     def jobs(self, config: Config, known: Sequence[Result]) -> list[Job]:
-        if isinstance(config.model, MLPConfig) and config.model.dropout > 0:
-            raise UserError("model.dropout must be 0 here: with it the true gradient could only be estimated")
-        if config.train.decay is not Decay.none or config.train.max_norm is not None:
-            raise UserError("train.decay must be none and train.max_norm null here: the runs looked at have neither")
-        trained = [result for result in known if "octave" in result.coordinates]
+        check_followed(config)
+        trained = runs_of(known)
         jobs = super().jobs(config, trained)
         for label in self.settings.contestants if trained else ():
             best = self.tuned(label, trained)
@@ -84,19 +80,17 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
         ]
 
     def looks(self, config: Config, label: str, best: float) -> list[Job]:
-        s, train = self.settings, config.train
-        problem, home = problem_of(config), min(s.batch_sizes)
-        examples = budget(train.epochs, len(data_of(problem).train), config.evaluation.multiple, home)
+        s, home = self.settings, min(self.settings.batch_sizes)
         return [
             self.measurement(
                 config,
                 look,
-                problem=problem,
+                problem=problem_of(config),
                 overrides=shlex.join(s.contestants[label]),
                 lr=self.contestants()[label].optimizer.lr * 2**best,
                 batch_size=home,
-                warmup=train.warmup_examples,
-                examples=examples,
+                warmup=config.train.warmup_examples,
+                examples=examples_of(config, home),
                 looks=s.looks,
                 longest=max(s.batch_sizes),
                 seed=seed,

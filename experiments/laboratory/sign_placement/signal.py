@@ -45,7 +45,6 @@ def signals(
     found = []
     for _, data, model, _ in along(problem, optimizer, batch_size, warmup, seed, counts):
         with torch.random.fork_rng(devices=[]):  # the run's dropout goes on where it was
-            torch.manual_seed(seed)
             _, copy = build(problem, seed)
             copy.load_state_dict(model.state_dict())
             found.append(measured(copy, data.train, [int(size) for size in sizes.split()], horizon))

@@ -4,69 +4,58 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from experiments.contest.analysis import Contest
+from experiments.contest.followed import Following, runs_of
 from experiments.contest.plan import ContestStudy
 from experiments.cube import cube
 from experiments.documents import Table
-from experiments.estimate import Array, Estimate, Finding, Verdict, over_seeds
+from experiments.estimate import Array, Estimate, Finding, Verdict, geometric_mean, over_seeds
 from experiments.jobs import Job, Result
-from experiments.laboratory.problem import data_of, problem_of
 from experiments.laboratory.schemas import ContestConfig
 from experiments.laboratory.sign_placement.signal import signals
-from experiments.schedule import budget
 from experiments.schemas.run import Config
 from experiments.study import Outcome
 
 BEFORE, AFTER, AVERAGE = "before the mean", "after the mean", "after the running average"
 PLACES = {BEFORE: "before", AFTER: "after", AVERAGE: "average"}  # as the measurement calls them
+PAIRS = ((BEFORE, AFTER), (AVERAGE, AFTER), (AVERAGE, BEFORE))
 LOOKS = 3  # at thirds of the run
 
 
-class SignPlacement(ContestStudy[ContestConfig]):
+class SignPlacement(Following[ContestConfig], ContestStudy[ContestConfig]):
     title = "Where to take the sign"
     question = "Does the sign belong before the mean over examples, after it, or after the running average?"
     source = "Bernstein et al. 2018, arXiv:1802.04434: signSGD and Signum, and the signal-to-noise ratio that decides"
+    masks = True  # those of the run: its signal is with them
 
     def required(self) -> Sequence[str]:
         return (BEFORE, AFTER, AVERAGE)
 
-    def jobs(self, config: Config, known: Sequence[Result]) -> list[Job]:
-        """The signal is measured along the tuned runs of one of them, at the smallest batch size."""
-        runs = of_contest(known)
-        planned = super().jobs(config, runs)
-        if len(runs) < len(planned) or not runs:
-            return planned
-        found, problem, B = self.analysed(runs), problem_of(config), min(self.settings.batch_sizes)
-        examples = budget(config.train.epochs, len(data_of(problem).train), config.evaluation.multiple, B)
-        tuned = found.runs[AVERAGE, B]
-        looked = [
-            self.measurement(
-                config,
-                signals,
-                problem=problem,
-                method=self.contestants()[AVERAGE].optimizer.name,
-                lr=float(tuned.lr[tuned.tuned(found.everyone)]),
-                batch_size=B,
-                examples=examples,
-                warmup=config.train.warmup_examples,
-                looks=LOOKS,
-                sizes=" ".join(map(str, self.settings.batch_sizes)),
-                seed=seed,
-            )
-            for seed in self.settings.seeds
-        ]
-        return [*planned, *looked]
+    def followed(self) -> Sequence[str]:
+        return (AVERAGE,)
+
+    def followed_at(self) -> int:
+        return min(self.settings.batch_sizes)
+
+    def looks(self) -> int:
+        return LOOKS
+
+    def follow(self, config: Config, arguments: dict[str, Any]) -> Job:
+        one = self.contestants()[arguments["followed"]].optimizer
+        of_run = {name: value for name, value in arguments.items() if name not in ("followed", "optimizer")}
+        sizes = " ".join(map(str, self.settings.batch_sizes))
+        return self.measurement(config, signals, **of_run, method=one.name, sizes=sizes)
 
     def findings(self, found: Contest) -> list[Finding]:
         sizes = found.settings.batch_sizes
-        pairs = ((BEFORE, AFTER), (AVERAGE, AFTER), (AVERAGE, BEFORE))
-        return [_better(found, *pair, B) for pair in pairs for B in sizes]
+        return [_better(found, *pair, B) for pair in PAIRS for B in sizes]
 
     def outcome(self, results: Sequence[Result]) -> Outcome:
-        found, of_runs = self.analysed(of_contest(results)), super().outcome(of_contest(results))
+        found, of_runs = self.analysed(runs_of(results)), super().outcome(runs_of(results))
         signal = signal_of([result for result in results if "looks" in result.coordinates])
         return dataclasses.replace(
             of_runs,
@@ -74,10 +63,6 @@ class SignPlacement(ContestStudy[ContestConfig]):
             findings=[*(_predicted(found, signal, B) for B in self.settings.batch_sizes), *of_runs.findings],
             terms=of_runs.terms | TERMS,
         )
-
-
-def of_contest(results: Sequence[Result]) -> list[Result]:
-    return [result for result in results if "contestant" in result.coordinates]
 
 
 def signal_of(results: Sequence[Result]) -> Array:
@@ -99,23 +84,30 @@ def _signal(signal: Array, place: str, column: int) -> Estimate:
     return over_seeds(signal[:, list(PLACES).index(place), column])
 
 
+def _less(signal: Array, first: str, second: str, column: int) -> Estimate:
+    """Signal of the first over that of the second."""
+    one, other = (signal[:, list(PLACES).index(place), column] for place in (first, second))
+    return geometric_mean(one / other)
+
+
 def _predicted(found: Contest, signal: Array, B: int) -> Finding:
-    """Of every pair whose losses can be told apart, is the one with more signal the one that trains better?"""
+    """Of every pair that can be told apart by loss and by signal, is the one with more signal the one that trains
+    better?"""
     column = found.settings.batch_sizes.index(B)
     right: list[str] = []
     wrong: list[str] = []
-    for first, second in ((BEFORE, AFTER), (AVERAGE, AFTER), (AVERAGE, BEFORE)):
-        verdict = found.ratio(first, second, B).verdict(1)
-        more = _signal(signal, first, column).value > _signal(signal, second, column).value
-        if verdict != "cannot be judged":
-            (right if more == (verdict == "holds") else wrong).append(f"{first} and {second}")
+    for first, second in PAIRS:
+        trains_better = found.ratio(first, second, B).verdict(1)
+        has_more = _less(signal, second, first, column).verdict(1)
+        if "cannot be judged" not in (trains_better, has_more):
+            (right if has_more == trains_better else wrong).append(f"{first} and {second}")
     judged: Verdict = "does not hold" if wrong else "holds" if right else "cannot be judged"
     told = ", ".join(f"{place} {_signal(signal, place, column)}" for place in PLACES)
     return Finding(
         f"B = {B}: the place with the larger signal-to-noise ratio trains better",
         judged,
-        f"The squared cosine between gradient and step is {told}. Of the pairs whose losses differ by more than seeds "
-        f"explain it predicts {len(right)} right ({'; '.join(right) or 'none'}) and {len(wrong)} wrong "
+        f"The squared cosine between gradient and step is {told}. Of the pairs whose losses and signals differ by more "
+        f"than seeds explain it predicts {len(right)} right ({'; '.join(right) or 'none'}) and {len(wrong)} wrong "
         f"({'; '.join(wrong) or 'none'}).",
     )
 
@@ -125,7 +117,7 @@ def _table(found: Contest, signal: Array) -> Table:
     return Table(
         title="Signal of a step",
         explanation="The squared cosine between gradient and step, noise included: geometric mean over "
-        f"{LOOKS} moments of the run, mean over seeds.",
+        f"{LOOKS} moments of the tuned run of the sign {AVERAGE} at B = {min(sizes)}, mean over seeds.",
         columns=["Sign", *(f"B = {B}" for B in sizes)],
         rows=[[place, *(_signal(signal, place, i) for i in range(len(sizes)))] for place in PLACES],
         emphasised=(),

@@ -3,12 +3,14 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from experiments.config import compose_config
 from experiments.data import Split
+from experiments.errors import UserError
 from experiments.jobs import Result
 from experiments.laboratory.sign_placement.signal import measured, signal
 from experiments.laboratory.sign_placement.study import AFTER, AVERAGE, BEFORE, PLACES, SignPlacement
@@ -34,6 +36,25 @@ def test_findings_come_out_every_way():
     assert verdicts(LOSS, LOSS)[:3] == ["does not hold"] * 3
     assert set(verdicts({place: 1 - loss for place, loss in LOSS.items()}, predicted)) == {"does not hold"}
     assert set(verdicts(dict.fromkeys(LOSS, 0.1), predicted, noise=1.0)) == {"cannot be judged"}
+
+
+def test_signals_that_differ_no_more_than_seeds_predict_nothing():
+    random = np.random.default_rng(0)
+    made = results(SETTINGS, lambda label, B: LOSS[label])
+    for seed in SETTINGS.seeds:
+        look = {place: {str(B): random.uniform(0.1, 1) for B in SETTINGS.batch_sizes} for place in PLACES.values()}
+        made.append(Result({"seed": seed, "looks": 3}, [look] * 3, 1.0))
+    told = [f for f in SignPlacement(SETTINGS).outcome(made).findings if "signal-to-noise" in f.bar]
+    assert [finding.verdict for finding in told] == ["cannot be judged"] * 3
+
+
+def test_what_cannot_be_followed():
+    study = SignPlacement(SETTINGS)
+    with pytest.raises(UserError, match="decay must be none"):
+        study.jobs(compose_config(["experiment=short/sign_placement", "train.decay=cosine"]), [])
+    given = SETTINGS.contestants | {AVERAGE: [*SETTINGS.contestants[AVERAGE], "engine.every=2"]}
+    with pytest.raises(UserError, match=f"{AVERAGE} must leave the engine"):
+        SignPlacement(dataclasses.replace(SETTINGS, contestants=given)).check()
 
 
 def test_the_signal_in_closed_form():
