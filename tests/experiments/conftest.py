@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from experiments import estimate
 from experiments.config import compose_config
 from experiments.schemas.run import Config
 from experiments.train import main
@@ -21,6 +22,16 @@ SHORT = ["tracker=none", "train.epochs=2", "train.warmup_examples=256", "evaluat
 def short() -> Callable[..., Config]:
     """A configuration from overrides on top of a run of a fraction of a second."""
     return lambda *overrides: compose_config([*SHORT, *overrides])
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Intervals sooner."""
+    monkeypatch.setattr(estimate, "DRAWS", 40)
+    estimate.resamples.cache_clear()
+    yield
+    # They are kept: without this, later tests in the process would have few too.
+    estimate.resamples.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import estimate, laboratory
+from experiments import laboratory
 from experiments.config import compose_config
 from experiments.data import Split
 from experiments.errors import UserError
@@ -26,12 +26,9 @@ from experiments.report import Summary
 from experiments.themes import DARK, LIGHT, image
 from tests.experiments.contests import results, settings
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 PROBLEM = "data=digits model=mlp model.widths=[4] model.dropout=0"
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "DRAWS", 40)
 
 
 def study() -> AdamNoiseScaleConfig:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import estimate
 from experiments.config import compose_config
 from experiments.errors import UserError
 from experiments.jobs import Job, Measurement, Result
@@ -29,6 +28,8 @@ from experiments.schemas.run import Config, Decay
 from experiments.study import Outcome, default_optimizer
 from experiments.themes import DARK, LIGHT, image
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 SETTINGS = AdaptiveBatchConfig(
     name="adaptive_batch",
     seeds=[0, 1, 2],
@@ -42,11 +43,6 @@ SETTINGS = AdaptiveBatchConfig(
     points=4,
 )
 METHOD = {"method": "batch_invariant_adam", "horizon": 1280, "seed": 0}
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "DRAWS", 40)
 
 
 @pytest.fixture

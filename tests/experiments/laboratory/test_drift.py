@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import estimate, laboratory
+from experiments import laboratory
 from experiments.errors import UserError
 from experiments.jobs import Job, Measurement, Result, Training
 from experiments.laboratory.drift.analysis import crossing, losses, lowest, tuned, tuned_loss
@@ -18,6 +18,8 @@ from experiments.launch import run_study
 from experiments.record import Record
 from experiments.schemas.run import Config
 from experiments.study import Outcome
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 SETTINGS = DriftConfig(
     name="drift",
@@ -31,11 +33,6 @@ SETTINGS = DriftConfig(
 )
 LENGTHS = lengths_of(16, 7)
 GROUPS = ("whole gradient", "in units of the noise", "layer 1: Linear", "layer 3: Linear")
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "DRAWS", 40)
 
 
 def test_curves_meet_between_points() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from experiments import estimate, laboratory
+from experiments import laboratory
 from experiments.config import compose_config
 from experiments.data import Split
 from experiments.errors import UserError
@@ -30,12 +30,9 @@ from experiments.themes import DARK, LIGHT, image
 from gradstats import per_example_gradients
 from tests.experiments.contests import results, settings
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 NAME = "largest_batch"
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "DRAWS", 40)
 
 
 def at(B: float, of: Tuned, seed: int) -> dict[str, Any]:

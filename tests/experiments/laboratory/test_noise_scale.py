@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gradstats
-from experiments import estimate, laboratory
+from experiments import laboratory
 from experiments.config import compose_config
 from experiments.errors import UserError
 from experiments.estimate import Finding
@@ -38,14 +38,11 @@ from experiments.report import Summary
 from experiments.themes import DARK, LIGHT, image
 from tests.experiments.contests import FIRST, results, settings
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 PROBLEM = "data=digits model=mlp model.normalisation=layer model.dropout=0"
 EXAMPLES = [16, 256, 1024, 2048, 4096]
 GROUPS = [WHOLE, "layer 1: Linear", "layer 2: LayerNorm"]
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "DRAWS", 40)
 
 
 def study() -> NoiseScaleConfig:

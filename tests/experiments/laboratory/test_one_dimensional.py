@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import estimate, laboratory
+from experiments import laboratory
 from experiments.errors import UserError
 from experiments.jobs import Measurement, Result
 from experiments.laboratory.one_dimensional.analysis import EDGE
@@ -18,6 +18,8 @@ from experiments.laboratory.schemas import OneDimensionalConfig
 from experiments.launch import run_study
 from experiments.schemas.run import Config
 from experiments.study import Outcome
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 SETTINGS = OneDimensionalConfig(
     name="one_dimensional",
@@ -33,11 +35,6 @@ SETTINGS = OneDimensionalConfig(
     seeds=[0, 1, 2],
     workers=1,
 )
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "DRAWS", 100)
 
 
 def test_the_gradient_at_the_minimum_is_minus_the_mean_of_the_batch() -> None:

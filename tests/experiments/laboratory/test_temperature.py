@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import estimate, laboratory
+from experiments import laboratory
 from experiments.errors import UserError
 from experiments.jobs import Measurement, Result
 from experiments.laboratory.quadratic import stationary_variance
@@ -17,6 +17,8 @@ from experiments.laboratory.temperature.wells import expected_excess
 from experiments.launch import run_study
 from experiments.schemas.run import Config
 from experiments.study import Outcome
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 SETTINGS = TemperatureConfig(
     name="temperature",
@@ -41,11 +43,6 @@ SETTINGS = TemperatureConfig(
     workers=1,
 )
 CURVATURES, NOISE = [0.1, 0.2], [1.0, 2.0]
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "DRAWS", 100)
 
 
 def ensemble_of(loss: float) -> dict[str, float]:
