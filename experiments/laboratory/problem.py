@@ -71,10 +71,10 @@ def backward(model: nn.Module, x: Tensor, y: Tensor, scale: float = 1.0) -> None
 
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits (N, classes), in evaluation mode."""
-    model.eval()
-    found: Tensor = model(x)
-    model.train()
+    """Logits (N, classes), in evaluation mode; the model is left in the mode it was in."""
+    training = model.training
+    found: Tensor = model.eval()(x)
+    model.train(training)
     return found
 
 

@@ -85,7 +85,6 @@ def looked(
     """pairs: cosine and inner product by kind; bound: n Delta; loss: over the training set with its labels; of the
     wrong labels, by score: `found`, the share among as many of the highest scores, and `twice`, among twice as many,
     and the `area`; learnt: the share of wrong labels that the model predicts, right: of true ones in their place."""
-    model.eval()
     every = singles(model, noisy)
     spread = torch.linspace(0, len(noisy) - 1, min(sample, len(noisy))).round().long()
     compared = pairs(model, noisy.x[spread], noisy.y[spread], true[spread])

@@ -55,7 +55,6 @@ def noise_along(
         found["groups"] = list(groups_of(copy))
         found["examples"].append(count)
         found["loss"].append(loss_of(copy, data.train))
-        copy.eval()
         exact = of_population(copy, data.train)
         found["exact"].append(exact.tolist())
         for method, values in estimates(copy, data.train, draws, small, big, random).items():

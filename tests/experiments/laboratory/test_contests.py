@@ -12,6 +12,8 @@ from experiments.estimate import Finding
 from experiments.laboratory import estimators, horizons, micro_batch, preconditioner, token_or_sequence
 from tests.experiments.contests import results, settings
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 
 def findings(name: str, loss: Callable[[str, int], float], **more) -> list[Finding]:
     study = settings(name)

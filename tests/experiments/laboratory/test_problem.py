@@ -62,3 +62,10 @@ def test_predictions_and_losses_are_without_dropout() -> None:
     first, again = (predictions(model, data.test.x) for _ in range(2))
     assert torch.equal(first, again) and not first.requires_grad and model.training
     assert loss_of(model, data.test) == torch.nn.functional.cross_entropy(first, data.test.y).item()
+
+
+def test_a_look_leaves_the_mode():
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5))
+    for training in (True, False):
+        assert torch.equal(predictions(model.train(training), torch.ones(3)), torch.ones(3))
+        assert model.training is training

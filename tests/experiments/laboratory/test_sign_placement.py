@@ -18,6 +18,8 @@ from experiments.launch import run_study
 from experiments.report import Summary
 from tests.experiments.contests import results, settings
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 SETTINGS = settings("sign_placement")
 LOSS = {AVERAGE: 0.1, BEFORE: 0.2, AFTER: 0.3}
 
