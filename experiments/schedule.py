@@ -48,9 +48,14 @@ def budget(epochs: float, examples: int, multiple: int, batch_size: int) -> int:
 
 
 def evaluation_counts(total: int, multiple: int, count: int) -> list[int]:
-    """0, and at most count log-spaced multiples up to and with the total."""
+    """0, and `log_spaced`."""
+    return [0, *log_spaced(total, multiple, count)]
+
+
+def log_spaced(total: int, multiple: int, count: int) -> list[int]:
+    """At most count multiples up to and with the total."""
     spaced = np.geomspace(multiple, total, count) / multiple
-    return [0, *sorted({round(value) * multiple for value in spaced} | {total})]
+    return sorted({round(value) * multiple for value in spaced} | {total})
 
 
 def every(interval: int, batch_size: int, total: int) -> set[int]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.errors import UserError
-from experiments.schedule import budget, evaluation_counts, every, learning_rate_schedule
+from experiments.schedule import budget, evaluation_counts, every, learning_rate_schedule, log_spaced
 from experiments.schemas.run import Decay
 
 TOTAL = 4096
@@ -42,6 +42,7 @@ def test_evaluations_are_log_spaced_multiples_with_both_ends() -> None:
     assert all(count % 256 == 0 for count in counts)
     ratios = np.diff(np.log(counts[10:]))
     assert ratios.max() < 1.3 * ratios.min()
+    assert log_spaced(256, 16, 5) == [16, 32, 64, 128, 256] and log_spaced(256, 128, 5) == [128, 256]
 
 
 def test_budget_is_the_largest_multiple_within_the_epochs() -> None:

@@ -18,7 +18,7 @@ from experiments.laboratory.adaptive_batch.contenders import Contender
 from experiments.laboratory.problem import backward, build, loss_of
 from experiments.optimizers import attach_statistics, build_optimizer
 from experiments.sampler import Sampler
-from experiments.schedule import learning_rate_schedule
+from experiments.schedule import learning_rate_schedule, log_spaced
 from experiments.schemas.run import Decay
 from experiments.study import default_optimizer
 from gradstats.optim import AdaptiveBatchSize
@@ -124,7 +124,7 @@ def race(
     examples, log-spaced; and by label: train, test, steps, seconds, size, and noise, the noise scale over the training
     set (None of fixed sizes), at each of them.
     """
-    counts = counts_of(examples, multiple, points)
+    counts = log_spaced(examples, multiple, points)
     first = initial_losses(problem, seed)
     rows = {
         label: (Contender(**{**row["contender"], "decay": Decay(row["contender"]["decay"])}), row["lr"])
@@ -162,12 +162,6 @@ class Alone:
         now = next(self.run)
         self.state = torch.get_rng_state()
         return now
-
-
-def counts_of(examples: int, multiple: int, points: int) -> list[int]:
-    """So many, or fewer, log-spaced multiples up to the examples."""
-    spaced = [multiple * (examples / multiple) ** (i / (points - 1)) for i in range(points)]
-    return sorted({round(count / multiple) * multiple for count in spaced})
 
 
 def initial_losses(problem: str, seed: int) -> tuple[float, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from experiments.contest.followed import optimizer_of
 from experiments.data import Split
 from experiments.laboratory.along import along, looked_at
 from experiments.laboratory.problem import backward, loss_of
+from experiments.schedule import log_spaced
 
 WHOLE = "all parameters"
 ONE_PASS, TWO_SIZES = "examples, in one pass", "two batch sizes"
@@ -46,7 +46,7 @@ def noise_along(
     """
     found: dict[str, Any] = {"examples": [], "loss": [], "exact": []}
     found |= {method: {"mean": [], "spread": []} for method in METHODS}
-    counts = log_spaced(batch_size, examples, looks)
+    counts = log_spaced(examples, batch_size, looks)
     random = torch.Generator().manual_seed(seed)
     for count, data, model, _ in along(
         problem, optimizer_of(followed, optimizer, lr), batch_size, warmup, seed, counts
@@ -62,12 +62,6 @@ def noise_along(
             found[method]["mean"].append(values.mean(dim=0).tolist())
             found[method]["spread"].append((relative[..., 1] - relative[..., 0]).std(dim=0).tolist())
     return found
-
-
-def log_spaced(batch_size: int, examples: int, looks: int) -> list[int]:
-    """So many counts of examples, or fewer, in whole batches, from the first one."""
-    batches = np.geomspace(1, examples // batch_size, looks)
-    return sorted({round(float(count)) * batch_size for count in batches})
 
 
 def groups_of(model: nn.Module) -> dict[str, list[str]]:

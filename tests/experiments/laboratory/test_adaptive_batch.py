@@ -17,7 +17,7 @@ from experiments.errors import UserError
 from experiments.jobs import Job, Measurement, Result
 from experiments.laboratory.adaptive_batch.analysis import GROWING, Tuned, at_equal, octave_of
 from experiments.laboratory.adaptive_batch.contenders import KEPT, STEP, Contender, contenders, fixed
-from experiments.laboratory.adaptive_batch.runs import counts_of, next_size, race, stepping, trained
+from experiments.laboratory.adaptive_batch.runs import next_size, race, stepping, trained
 from experiments.laboratory.adaptive_batch.study import AdaptiveBatch
 from experiments.laboratory.along import along
 from experiments.laboratory.problem import problem_of
@@ -183,7 +183,6 @@ def test_batches_are_powers_of_two_and_meet_every_multiple():
         sizes.append(next_size(size, position))
         position += sizes[-1]
     assert sizes == [4, 4, 4, 4, 16, 32, 64, 64, 64, 64, 64]
-    assert counts_of(2048, 128, 3) == [128, 512, 2048] and counts_of(256, 128, 5) == [128, 256]
 
 
 def test_a_fixed_size_is_the_run_of_along():

@@ -24,7 +24,6 @@ from experiments.laboratory.noise_scale.measure import (
     TWO_SIZES,
     WHOLE,
     groups_of,
-    log_spaced,
     noise_along,
     of_population,
     one_pass,
@@ -155,12 +154,11 @@ def test_shards_of_one_example_are_the_norms_of_examples():
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-8)
 
 
-def test_groups_and_counts():
+def test_groups():
     _, model = build(PROBLEM, 0)
     groups = groups_of(model)
     assert list(groups) == [WHOLE, "layer 1: Linear", "layer 2: LayerNorm", "layer 4: Linear"]
     assert groups["layer 2: LayerNorm"] == ["2.weight", "2.bias"]
-    assert log_spaced(16, 256, 5) == [16, 32, 64, 128, 256]
 
 
 def test_along_a_run_both_estimates_are_close_to_the_truth():
