@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,11 @@ DARK = Theme(
 
 
 @contextmanager
-def canvas(theme: Theme, width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of so many inches, to be drawn on within the `with`: there its colours and sizes hold."""
+def canvas(theme: Theme, width: float, height: float, seeds: int | None = None) -> Iterator[Figure]:
+    """An empty figure of so many inches, to be drawn on within the `with`: there its colours and sizes hold.
+
+    seeds: noted below the figure, where its bars and bands are 95% intervals over so many.
+    """
     style: Any = {
         "figure.facecolor": theme.background,
         "axes.facecolor": theme.background,
@@ -82,7 +85,11 @@ def canvas(theme: Theme, width: float, height: float) -> Iterator[Figure]:
         "legend.frameon": False,
     }
     with matplotlib.rc_context(style):
-        yield Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.09))
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.09))
+        if seeds is not None:
+            told = f"{seeds} seeds; bars and bands: 95% intervals"
+            figure.supxlabel(told, x=0.99, ha="right", fontsize=7.5, color=theme.faint)
+        yield figure
 
 
 def image(figure: Figure, kind: str) -> bytes:
@@ -100,7 +107,8 @@ def plain_log_ticks(axes: Axes) -> None:
         if axis.get_scale() != "log":
             continue
         low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+        few = MaxNLocator(5) if high / low < 3 else None  # of a decade's 1, 2 and 5 one at most
+        axis.set_major_locator(few or LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
 

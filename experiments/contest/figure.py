@@ -40,7 +40,7 @@ def colours(found: Contest, theme: Theme) -> dict[str, Any]:
 
 def draw(found: Contest, theme: Theme) -> Figure:
     sizes = found.settings.batch_sizes
-    with canvas(theme, max(5.0, 3.4 * len(sizes)), 3.4 + 0.26 * len(found.labels)) as figure:
+    with canvas(theme, max(5.0, 3.4 * len(sizes)), 3.4 + 0.26 * len(found.labels), len(found.settings.seeds)) as figure:
         panels: Any = figure.subplots(2, len(sizes), squeeze=False, height_ratios=(3.0, 0.2 + 0.26 * len(found.labels)))
         for i, B in enumerate(sizes):
             _along_lr(panels[0, i], found, B, colours(found, theme))
@@ -69,4 +69,4 @@ def _tuned(axes: Axes, found: Contest, B: int, colour: dict[str, Any], names: bo
     axes.set_ylim(len(found.labels) - 0.5, -0.5)
     axes.set_xscale("log")
     plain_log_ticks(axes)
-    axes.set_xlabel(f"training loss at the tuned lr (nats)\n{len(found.settings.seeds)} seeds, 95% intervals")
+    axes.set_xlabel("training loss at the tuned lr (nats)")

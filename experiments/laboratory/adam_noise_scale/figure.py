@@ -44,7 +44,7 @@ def alternative(found: Analysis) -> str:
 
 def draw(found: Analysis, theme: Theme) -> Figure:
     colours = dict(zip(COLUMNS, (theme.reference, theme.baselines[0], theme.ours[0]), strict=True))
-    with canvas(theme, 11.0, 6.6) as figure:
+    with canvas(theme, 11.0, 6.6, len(found.settings.seeds)) as figure:
         rows: Any = figure.subfigures(2, 1)
         above: Any = rows[0].subplots(1, len(COLUMNS))
         for axes, label in zip(above, COLUMNS, strict=True):

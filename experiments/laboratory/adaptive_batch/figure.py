@@ -42,7 +42,7 @@ def draw(found: Analysis, theme: Theme) -> Figure:
     shown = [fixed(Decay.none, found.slow), *(found.rival(B) for B in found.settings.batch_sizes), *GROWING]
     order = [theme.reference, *theme.baselines[2:]]
     colour = dict(zip(shown, order, strict=False)) | {KEPT: theme.ours[0], STEP: theme.baselines[0]}
-    with canvas(theme, 11.5, 4.0) as figure:
+    with canvas(theme, 11.5, 4.0, len(found.settings.seeds)) as figure:
         panels: Any = figure.subplots(1, 3)
         for label in shown:
             race = found.races[label]

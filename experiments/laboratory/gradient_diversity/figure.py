@@ -40,7 +40,7 @@ def alternative(found: Analysis) -> str:
 
 
 def draw(found: Analysis, theme: Theme) -> Figure:
-    with canvas(theme, 8.0, 6.4) as figure:
+    with canvas(theme, 8.0, 6.4, len(found.settings.seeds)) as figure:
         panels: Any = figure.subplots(2, 2)
         _precision(panels[0, 0], found, theme)
         _learnt(panels[0, 1], found, theme)

@@ -35,7 +35,7 @@ def alternative(found: Analysis) -> str:
 
 
 def draw(found: Analysis, theme: Theme) -> Figure:
-    with canvas(theme, 11.5, 4.2) as figure:
+    with canvas(theme, 11.5, 4.2, len(found.settings.seeds)) as figure:
         panels: Any = figure.subplots(1, 3, width_ratios=(1, 1.15, 1))
         _loss(panels[0], found, theme)
         _predicted(panels[1], found, theme)

@@ -43,7 +43,7 @@ def alternative(found: Analysis) -> str:
 
 def draw(found: Analysis, theme: Theme) -> Figure:
     labels = found.contest.labels
-    with canvas(theme, max(5.0, 4.2 * len(labels)), 7.0) as figure:
+    with canvas(theme, max(5.0, 4.2 * len(labels)), 7.0, len(found.settings.seeds)) as figure:
         panels: Any = figure.subplots(2, len(labels), squeeze=False)
         for i, label in enumerate(labels):
             _along(panels[0, i], found, label, theme)

@@ -39,7 +39,7 @@ def alternative(found: Analysis) -> str:
 
 def draw(found: Analysis, theme: Theme) -> Figure:
     colours = dict(zip(METHODS, (theme.reference, theme.baselines[1], theme.ours[0]), strict=True))
-    with canvas(theme, 8.4, 3.6) as figure:
+    with canvas(theme, 8.4, 3.6, len(found.settings.seeds)) as figure:
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
         _lost(left, found, colours)
         _along_lr(middle, found, colours)
