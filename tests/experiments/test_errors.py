@@ -36,9 +36,9 @@ CASES = {
     "refused by the optimizer": (["optimizer.betas=[0.9,1.5]"], 2, ["betas", "1.5"]),
     "unknown engine": (["engine.name=jax"], 2, ["engine.name=jax", "fused, vmap, opacus"]),
     "engine with a loop of its own": (
-        ["engine.name=random_sign"],
+        ["engine.name=microbatch"],
         2,
-        ["engine.name=random_sign", "fused, vmap, opacus"],
+        ["engine.name=microbatch", "fused, vmap, opacus"],
     ),
     "part of what an engine gathers": (["engine=opacus", "engine.every=8"], 2, ["every", "engine='fused'"]),
     "part of what is not counted": (["engine.fraction=0.5", "optimizer=microbatch_adamw"], 2, ["fraction=0.5"]),
