@@ -123,6 +123,11 @@ class Contest:
         """Of training losses, each at its tuned learning rate."""
         return self.over_log(lambda rows: self.log_loss(label, B, rows) - self.log_loss(other, B, rows))
 
+    def compared(self, label: str, other: str, B: int) -> str:
+        """The same in words."""
+        losses = f"{self.loss(label, B)} against {self.loss(other, B)}"
+        return f"Training loss {losses}, a ratio of {self.ratio(label, other, B)}"
+
     def doubled(self, label: str, B: int) -> Estimate:
         """Training loss at the next octave, over that at the tuned learning rate."""
         return self.over_log(lambda rows: self.log_doubled(label, B, rows))

@@ -40,7 +40,7 @@ def _slides(found: Contest, B: int) -> Finding:
     return Finding(
         f"B = {B}: the slides' min(t, N) mean trains as the debiased EWMA of horizon N does, within {CLOSE:.0%}",
         equals(ratio, CLOSE),
-        f"Training loss {found.loss(SLIDES, B)} against {found.loss(DEBIASED, B)}, a ratio of {ratio}.",
+        f"{found.compared(SLIDES, DEBIASED, B)}.",
     )
 
 
@@ -49,7 +49,7 @@ def _debiased(found: Contest, B: int) -> Finding:
     return Finding(
         f"B = {B}: a debiased EWMA trains better than one that starts from zero",
         ratio.verdict(1),
-        f"Training loss {found.loss(DEBIASED, B)} against {found.loss(EWMA, B)}, a ratio of {ratio}.",
+        f"{found.compared(DEBIASED, EWMA, B)}.",
     )
 
 
@@ -58,7 +58,7 @@ def _forgets(found: Contest, B: int) -> Finding:
     return Finding(
         f"B = {B}: an average that forgets trains better than the mean of all gradients so far",
         ratio.verdict(1),
-        f"Training loss {found.loss(DEBIASED, B)} against {found.loss(MEAN, B)}, a ratio of {ratio}.",
+        f"{found.compared(DEBIASED, MEAN, B)}.",
     )
 
 

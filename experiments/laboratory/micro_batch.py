@@ -31,8 +31,7 @@ def _same(found: Contest, B: int) -> Finding:
     return Finding(
         f"B = {B}: at equal examples, examples at R = 4 train as micro-batches of 4 do, within {CLOSE:.0%}",
         equals(ratio, CLOSE),
-        f"Training loss {found.loss(SAME, B)} against {found.loss(MICROBATCH, B)}, a ratio of {ratio}: both estimate "
-        "mu^2 + sigma^2/4.",
+        f"{found.compared(SAME, MICROBATCH, B)}: both estimate mu^2 + sigma^2/4.",
     )
 
 

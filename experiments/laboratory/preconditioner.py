@@ -40,7 +40,7 @@ def _mean(found: Contest, B: int) -> Finding:
     return Finding(
         f"B = {B}: the squared mean (R = inf) trains better than the second moment of examples (R = 1)",
         ratio.verdict(1),
-        f"Training loss {found.loss(LARGEST, B)} against {found.loss(SMALLEST, B)}, a ratio of {ratio}.",
+        f"{found.compared(LARGEST, SMALLEST, B)}.",
     )
 
 
@@ -49,8 +49,8 @@ def _price(found: Contest, B: int) -> Finding:
     return Finding(
         f"B = {B}: invariance is free: the loss of R = 1 is at most {AS_GOOD:g} times ordinary Adam's",
         ratio.verdict(AS_GOOD),
-        f"Training loss {found.loss(SMALLEST, B)} against {found.loss(CLASSIC, B)}, a ratio of {ratio}; held out "
-        f"{found.held_out(SMALLEST, B)} against {found.held_out(CLASSIC, B)}.",
+        f"{found.compared(SMALLEST, CLASSIC, B)}; held out {found.held_out(SMALLEST, B)} against "
+        f"{found.held_out(CLASSIC, B)}.",
     )
 
 
@@ -59,7 +59,7 @@ def _variance(found: Contest, B: int) -> Finding:
     return Finding(
         f"B = {B}: the variance alone trains like the second moment of examples, within {AS_GOOD - 1:.0%}",
         equals(ratio, AS_GOOD - 1),
-        f"Training loss {found.loss(VARIANCE, B)} against {found.loss(SMALLEST, B)}, a ratio of {ratio}.",
+        f"{found.compared(VARIANCE, SMALLEST, B)}.",
     )
 
 

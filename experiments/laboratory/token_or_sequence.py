@@ -53,7 +53,7 @@ def _independent(found: Contest, B: int) -> Finding:
         f"B = {B}: tokens of a sequence may be taken for independent: their second moment at R = tokens in a sequence "
         f"trains as that of sequences does, within {CLOSE:.0%}",
         equals(ratio, CLOSE),
-        f"Training loss {found.loss(TOKENS, B)} against {found.loss(SEQUENCE, B)}, a ratio of {ratio}.",
+        f"{found.compared(TOKENS, SEQUENCE, B)}.",
     )
 
 
@@ -62,7 +62,7 @@ def _better(found: Contest, label: str, B: int) -> Finding:
     return Finding(
         f"B = {B}: second moments {label} train at least as well as ordinary Adam's squared batch mean",
         ratio.verdict(1 + CLOSE),
-        f"Training loss {found.loss(label, B)} against {found.loss(ADAM, B)}, a ratio of {ratio}.",
+        f"{found.compared(label, ADAM, B)}.",
     )
 
 

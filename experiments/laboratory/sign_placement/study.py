@@ -76,7 +76,7 @@ def _better(found: Contest, first: str, second: str, B: int) -> Finding:
     return Finding(
         f"B = {B}: the sign {first} trains better than {second}",
         ratio.verdict(1),
-        f"Training loss {found.loss(first, B)} against {found.loss(second, B)}, a ratio of {ratio}.",
+        f"{found.compared(first, second, B)}.",
     )
 
 
