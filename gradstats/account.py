@@ -237,7 +237,8 @@ class Account:
     def batch_size(self) -> int:
         """Examples in this window, or what else is counted as one."""
         sizes = self._counts
-        return sum([size for generation, size in sizes.items() if generation >= self.first]) + self.elsewhere
+        counted = sizes.values() if self.first == 0 else self._sizes(self.first).values()  # mostly there is no sorting
+        return sum(counted) + self.elsewhere
 
     @property
     def unsent_count(self) -> int:

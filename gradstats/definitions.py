@@ -69,4 +69,4 @@ def define(statistic: Statistic, parameter: str, g: Tensor, loss_reduction: str)
     contribution = Dense(g / len(g) if loss_reduction == "mean" else g)
     contribution.parameter = parameter
     gradient, sums = contribution.from_blocks([raw.key for raw in statistic.needs])
-    return statistic.read(Window(sums, gradient, len(g), loss_reduction, g[0].numel()))
+    return statistic.read(Window(sums, gradient, len(g), loss_reduction, elements=g[0].numel()))

@@ -33,7 +33,7 @@ class Left:
 
     def fits(self, gradient: Tensor | None) -> bool:
         """Whether p.grad is still what is known of it. Waits for the device if it was sampled."""
-        if gradient is None or not untouched(gradient, self.known):
+        if gradient is None or self.known != state_of(gradient):
             return False
         return self.sample is None or same_sample(gradient, self.sample)
 

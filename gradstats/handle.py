@@ -27,6 +27,13 @@ from gradstats.window import Statistic, Window
 LOSS_REDUCTIONS = ("mean", "sum")
 GRANULARITIES = ("example", "token", "microbatch")
 
+# Raw sums of one parameter, how many examples they are over, p.grad as the last backward pass left it, and over how
+# many ranks it is averaged.
+Entry = tuple[dict[str, Tensor], int, Left | None, float]
+# A Window in parts: sums and gradient, which are the parameter's own, and what many mostly have in common.
+Parted = tuple[dict[str, Tensor], Tensor | None, tuple[Any, ...]]
+Read = Callable[[str, Tensor, Tensor | None], Parted]
+
 # From a parameter to the handle that keeps its statistics; weak on both sides.
 _handles: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -109,6 +116,11 @@ class Handle(Readable):
     def averaged(self, name: str) -> float:
         """Over how many ranks p.grad and the sums of one parameter are; 1 in one process."""
         return 1
+
+    def entry(self, name: str, needs: Sequence[str]) -> Entry:
+        """All of these; what optimizers ask for at every step, parameter by parameter."""
+        sums, size = self.sums(name, needs)
+        return sums, size, self.left(name), self.averaged(name)
 
     @property
     def gathered(self) -> bool:
@@ -307,34 +319,41 @@ class Handle(Readable):
         name = self.name_of(key)
         parameter = self.parameter(name) if isinstance(key, str) else key
         assert parameter is not None
-        return self.windows(needs, needs_gradient)(name, parameter)
+        sums, gradient, numbers = self.reader(needs, needs_gradient)(name, parameter, None)
+        return Window(sums, gradient, *numbers)._replace(elements=parameter.numel())
 
-    def windows(self, needs: Sequence[str], needs_gradient: bool = False) -> Callable[[str, Tensor], Window]:
-        """The same for one parameter after another, given by name and itself; what optimizers ask at every step."""
+    def reader(self, needs: Sequence[str], needs_gradient: bool = False) -> Read:
+        """Of the same for one parameter after another, given by name, itself and p.grad, which has to be the tensor
+        that the last backward pass left, if it is given. Raises, beside that: MissingStatistic if it is another."""
         for need in needs:
             if need not in self.needs:
                 entries = [entry for entry in STATISTICS if need in keys(STATISTICS[entry]())]
                 way_out = f"attach(model, {entries[0]!r}, ...)" if entries else "give its statistic to attach"
                 raise MissingStatistic(f"{(entries or [need])[0]!r} was not collected: {way_out}")
-        multiplied, fraction = bool(needs) or needs_gradient, self.fraction
+        multiplied = bool(needs) or needs_gradient
+        entry, reduction, fraction = self.entry, self.loss_reduction, self.fraction
 
-        def window(name: str, parameter: Tensor) -> Window:
-            sums, size = self.sums(name, needs)
-            left, factor = self.left(name), 1.0
+        def read(name: str, parameter: Tensor, gradient: Tensor | None) -> Parted:
+            sums, size, left, ranks = entry(name, needs)
+            if gradient is not None and left is not None and left.tensor() is not gradient:
+                raise MissingStatistic(
+                    f"the gradient of '{name}' is another tensor than the one that its statistics are of: "
+                    f"backpropagate through the attached model before every step"
+                )
+            factor = 1.0
             if multiplied and left is not None and (self.follows_clipping or left.factor != 1.0):
                 factor = self.factor(name, parameter)
-            gradient = parameter.grad if needs_gradient else None
-            if gradient is not None and (left is None or not left.fits(gradient)):
+            mean = parameter.grad if needs_gradient else None
+            if mean is not None and (left is None or not left.fits(mean)):
                 raise LifetimeError(
                     f"the gradient of '{name}' was changed in place after the backward pass (clipping, unscaling), so "
                     f"it no longer fits the squares. Clip with the optimizer's max_norm or "
                     f"stats.clip_grad_norm_(max_norm); where a trainer clips, attach(..., follow_clipping=True); name "
                     f"a GradScaler, attach(..., grad_scaler=scaler); or read this statistic before."
                 )
-            elements, ranks = parameter.numel(), self.averaged(name)
-            return Window(sums, gradient, size, self.loss_reduction, elements, 1.0, 1.0, factor, fraction, ranks)
+            return sums, mean, (size, reduction, 1.0, 1.0, factor, fraction, ranks)
 
-        return window
+        return read
 
     def replaced(self, name: str, gradient: Tensor) -> bool:
         """Whether p.grad is another tensor than the last backward pass left."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from gradstats.errors import GradstatsError, LifetimeError
 
-ADDRESSABLE = (Tensor, nn.Parameter)
+ADDRESSABLE, STRIDED = {Tensor, nn.Parameter}, {torch.strided}
+layout_of = attrgetter("layout")
 # The gradient, and sums by name.
 Reduction = tuple[Tensor, dict[str, Tensor]]
 
@@ -36,10 +38,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x.dtype))
 
 
-def addressable(x: Tensor) -> bool:
-    """Whether the numbers of a tensor are what lies in its memory: no subclass but torch's own of parameters, no lazy
+def addressable(*tensors: Tensor) -> bool:
+    """Whether the numbers of tensors are what lies in their memory: no subclass but torch's own of parameters, no lazy
     negation, no implied zeros."""
-    return type(x) in ADDRESSABLE and x.layout is torch.strided and not x.is_neg() and not x._is_zerotensor()
+    plain = ADDRESSABLE.issuperset(map(type, tensors)) and STRIDED.issuperset(map(layout_of, tensors))
+    return plain and not any(map(Tensor.is_neg, tensors)) and not any(map(Tensor._is_zerotensor, tensors))
 
 
 class Block(NamedTuple):

@@ -36,12 +36,12 @@ class Window(NamedTuple):
     gradient: Tensor | None
     batch_size: int
     loss_reduction: str
-    elements: int = 0
     loss_scale: float = 1.0
     gradient_scale: float = 1.0
     factor: float = 1.0
     fraction: float = 1.0
     ranks: float = 1
+    elements: int = 0
 
     @property
     def scale(self) -> float:

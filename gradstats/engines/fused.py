@@ -28,7 +28,7 @@ from gradstats.distributed.sharded import check, refuse_late, refuse_nested, sha
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.gradient import Left
-from gradstats.handle import Handle
+from gradstats.handle import Entry, Handle
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
 from gradstats.probe import Probe
@@ -316,9 +316,13 @@ class FusedHandle(Handle):
         return None if account is None else account.current
 
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
+        found, size, *_ = self.entry(name, needs)
+        return found, size
+
+    def entry(self, name: str, needs: Sequence[str]) -> Entry:
         account, found = self.accounts[name], {}
         account.check()
-        if needs and not account.gathered:
+        if needs and self.lifetime.plain and not account.gathered:
             raise MissingStatistic(
                 f"parameter '{name}' has no statistics in this window: they are gathered in one window in "
                 f"{self.sampling.every} (every={self.sampling.every}). Ask stats.gathered before reading"
@@ -331,7 +335,7 @@ class FusedHandle(Handle):
                     f"before the forward pass"
                 )
             found[need] = value
-        return found, account.batch_size
+        return found, account.batch_size, account.left, self.averaged(name)
 
     def left(self, name: str) -> Left | None:
         return self.accounts[name].left

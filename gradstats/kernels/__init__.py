@@ -36,8 +36,8 @@ def available(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or not tensors[0].is_cuda:
         return False
     device, dtype = tensors[0].device, tensors[0].dtype
-    alike = all(t.device == device and t.dtype == dtype and t.numel() and addressable(t) for t in tensors)
-    return alike and dtype in DTYPES and compiles(device)
+    alike = all(t.device == device and t.dtype == dtype and t.numel() for t in tensors)
+    return alike and addressable(*tensors) and dtype in DTYPES and compiles(device)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ def serves(d: Tensor, a: Tensor) -> bool:
     """Whether `outer_sum` can be called: plain tensors on the CPU, and a compiler at the first call."""
     if not enabled or torch.compiler.is_compiling():
         return False
-    plain = addressable(d) and addressable(a) and d.device.type == a.device.type == "cpu"
+    plain = addressable(d, a) and d.device.type == a.device.type == "cpu"
     return (
         plain and d.dtype == a.dtype and d.dtype in KERNELS and 0 not in (*d.shape, *a.shape) and library() is not None
     )

@@ -8,8 +8,9 @@ few parameters.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ PHASES: dict[Phase, int] = {"both": 0, "averages": 1, "move": 2}
 PARTNERS = {None: 0, "exp_avg": 1, "previous": 2}
 # Elements that are worth another thread, which takes some microseconds to wake.
 GRAIN = 1 << 15
+
+dtype_of = attrgetter("dtype")
 
 
 def knows(update: Update) -> bool:
@@ -61,33 +64,26 @@ def step(update: Update, phase: Phase, columns: Mapping[str, Sequence[Tensor]], 
     not as it is wanted: of the dtypes and size of its parameter, and dense in the order in which indices count."""
     assert isinstance(update, AdamUpdate)
     parameters, moment = columns["parameter"], update.moment
-    dtype, nothing = parameters[0].dtype, [None] * len(parameters)
-    sizes = [p.numel() for p in parameters]
-    addresses: list[Sequence[int | None]] = []
+    dtype, sizes = parameters[0].dtype, array("q", map(Tensor.numel, parameters))
+    addresses, nothing = array("Q"), [0] * len(sizes)
     for name in COLUMNS:
         column, wanted = columns.get(name), dtype if name in COLUMNS[:2] else accumulation_dtype(dtype)
         if column is None:
-            addresses.append(nothing)
+            addresses.extend(nothing)
             continue
         # The kernel is told of sizes once, and believes them.
-        found = [
-            t.data_ptr()
-            for t, size in zip(column, sizes, strict=True)
-            if t.dtype == wanted and t.numel() == size and t.is_contiguous() and addressable(t)
-        ]
-        if len(found) < len(sizes):
+        alike = set(map(dtype_of, column)) == {wanted} and array("q", map(Tensor.numel, column)) == sizes
+        if not (alike and addressable(*column) and all(map(Tensor.is_contiguous, column))):
             return False
-        addresses.append(found)
-    numbers = [float(scalars.get(name, 1.0)) for name in SCALARS]
+        addresses.extend(map(Tensor.data_ptr, column))
+    numbers = array("d", [scalars.get(name, 1.0) for name in SCALARS])
     getattr(native.library(), KERNELS[dtype])(
         ctypes.c_int(PHASES[phase]),
         ctypes.c_int(PARTNERS[moment.partner]),
         ctypes.c_int(1 if moment.floored else 2 if moment.infinite else 0),
         ctypes.c_int("sum_of_squares" in columns),
         ctypes.c_int64(len(sizes)),
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        (ctypes.c_void_p * (len(COLUMNS) * len(sizes)))(*chain.from_iterable(addresses)),
-        (ctypes.c_double * len(numbers))(*numbers),
+        *(ctypes.c_void_p(table.buffer_info()[0]) for table in (sizes, addresses, numbers)),
         ctypes.c_int(max(1, min(torch.get_num_threads(), sum(sizes) // GRAIN))),
     )
     return True

@@ -22,6 +22,7 @@ from gradstats.optim.found import allocate, find, state_of
 from gradstats.optim.options import Check, check_options
 from gradstats.optim.parts import Age, Part, parts_of
 from gradstats.optim.saved import check_saved, restore, with_held
+from gradstats.optim.tally import Tally
 from gradstats.optim.update import Update
 from gradstats.sums import addressable
 
@@ -68,6 +69,7 @@ class ExampleOptimizer(Optimizer):
         self.compiled = compiled
         self._schedules: list[Callable[[int], None]] = []  # called with B before every step
         self._chosen: tuple[Any, bool] = None, False  # whether steps are compiled, after what decides it
+        self.tallies: dict[Any, Tally] = {}
         super().__init__(params, options | {"examples": 0})
         if isinstance(self.defaults["lr"], Tensor):  # the first group's is the user's, which changes
             self.defaults["lr"] = self.defaults["lr"].clone()
@@ -250,7 +252,7 @@ class ExampleOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_schedules", [])  # those of a copy are its own
-        self._chosen = None, False
+        self._chosen, self.tallies = (None, False), {}
         self._step_supports_amp_scaling = True
         super().__setstate__(state)
         for group in self.param_groups:  # saved by a version without some of the options

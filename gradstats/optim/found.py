@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradstats.errors import GradstatsError, MissingStatistic
-from gradstats.handle import Handle, handle_of
+from gradstats.handle import Handle, Parted, Read, handle_of
 from gradstats.optim.update import STATISTICS, Update
 from gradstats.sums import accumulation_dtype
 from gradstats.window import Window
@@ -20,46 +20,64 @@ if TYPE_CHECKING:
     from gradstats.optim.base import ExampleOptimizer
 
 State = dict[str, Any]
-Read = Callable[[str, Tensor, Tensor], Window]  # the window of a parameter, given by its name, itself and p.grad
+
+
+class Row(NamedTuple):
+    """A parameter that has a gradient, with raw sums of what was backpropagated through it."""
+
+    parameter: Tensor
+    gradient: Tensor
+    state: State
+    sums: Mapping[str, Tensor]
 
 
 class Found(NamedTuple):
-    """A parameter that has a gradient."""
+    """Parameters of a group whose windows differ in their sums and gradients only."""
 
     group: int  # its index
-    parameter: Tensor
-    state: State
-    window: Window
+    window: Window  # of the first of them
+    rows: list[Row]
 
 
 def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
     """All that a step moves; `batch_size` is what it was told. Raises: MissingStatistic, LifetimeError."""
     found: list[Found] = []
-    alone: list[tuple[int, Tensor, State]] = []
+    alone: list[tuple[int, Row]] = []
     zeroed = functools.cache(lambda handle: handle.zeroed())
     sizes: dict[Handle, int] = {}
     handle: Handle | None = None
+    states = optimizer.state
     for index, group in enumerate(optimizer.param_groups):
         windows = Windows(optimizer, group)
+        alike: dict[tuple[Any, ...], list[Row]] = {}
+        last: tuple[Any, ...] | None = None
+        rows: list[Row] = []
         for p in group["params"]:
             gradient = p.grad
             if gradient is None:
                 continue
-            state = state_of(optimizer, p, group)
+            state = states[p] or state_of(optimizer, p, group)
             name = None if handle is None else handle.registered(p)
             if name is None:  # the last one's handle is faster to ask
                 handle, name = owner(p)
             if not windows.reads and (handle is None or name is None or handle.replaced(name, gradient)):
-                alone.append((index, p, state))
+                alone.append((index, Row(p, gradient, state, {})))
                 continue
             if handle is not None and zeroed(handle):
                 continue
-            window = windows.of(p, gradient, state, handle, name)
-            if window is None:
+            parted = windows.of(p, gradient, state, handle, name)
+            if parted is None:
                 continue
+            sums, read, numbers = parted
             if handle is not None and handle.granularity != "example":
-                check_size(handle, name, window, sizes.setdefault(handle, window.batch_size))
-            found.append(Found(index, p, state, window))
+                check_size(handle, name, numbers[0], sizes.setdefault(handle, numbers[0]))
+            key = bool(sums), numbers
+            if key != last:
+                last, known = key, alike.get(key)
+                rows = alike[key] = known if known is not None else []
+                if known is None:
+                    found.append(Found(index, Window(sums, read, *numbers), rows))
+            rows.append(Row(p, gradient, state, sums))
     return found + without_statistics(optimizer, alone, found, batch_size)
 
 
@@ -78,11 +96,11 @@ def owner(p: Tensor) -> tuple[Handle | None, str | None]:
     return handle, None if handle is None else handle.registered(p)
 
 
-def check_size(handle: Handle, name: str | None, window: Window, others: int) -> None:
+def check_size(handle: Handle, name: str | None, size: int, others: int) -> None:
     """Raises: GradstatsError for a parameter through which other numbers were backpropagated than through others."""
-    if window.batch_size != others:
+    if size != others:
         raise GradstatsError(
-            f"granularity={handle.granularity!r} counts {window.batch_size} at '{name}' and {others} at "
+            f"granularity={handle.granularity!r} counts {size} at '{name}' and {others} at "
             f"other parameters, which would step at different rates: granularity='example'"
         )
 
@@ -96,7 +114,7 @@ class Windows:
         self.needs_gradient = optimizer.needs_gradient(group)
         self.known: dict[Handle, Read] = {}
 
-    def of(self, p: Tensor, gradient: Tensor, state: State, handle: Handle | None, name: str | None) -> Window | None:
+    def of(self, p: Tensor, gradient: Tensor, state: State, handle: Handle | None, name: str | None) -> Parted | None:
         """None where there is none and none is needed: for distributed checkpointing's empty step, or an unused layer
         whose gradient was zeroed in place. Raises: MissingStatistic, LifetimeError."""
         try:
@@ -142,27 +160,26 @@ def windows_of(optimizer: ExampleOptimizer, handle: Handle, reads: tuple[str, ..
     found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
     by_hand = found_inf is None and handle.loss_scale is not None
     unscaled = found_inf is not None and scale is None and bool(reads)
-    backpropagated = handle.windows(reads, needs_gradient or by_hand)
+    backpropagated = handle.reader(reads, needs_gradient or by_hand)
     if unscaled and handle.loss_scale is None:
         raise GradstatsError(
             "scaler.unscale_(optimizer) unscales the gradients but not their squares: leave it to "
             "scaler.step(optimizer) and clip with max_norm, or name it, attach(..., grad_scaler=scaler)"
         )
 
-    def window(name: str, p: Tensor, gradient: Tensor) -> Window:
-        if handle.replaced(name, gradient):
-            raise MissingStatistic(
-                f"the gradient of '{name}' is another tensor than the one that its statistics are of: backpropagate "
-                f"through the attached model before every step"
-            )
-        found = backpropagated(name, p)
-        return handle.without_loss_scale(name, found, unscaled) if by_hand or unscaled else found
+    if not (by_hand or unscaled):
+        return backpropagated
 
-    return window
+    def without_loss_scale(name: str, p: Tensor, gradient: Tensor | None) -> Parted:
+        sums, read, numbers = backpropagated(name, p, gradient)
+        window = handle.without_loss_scale(name, Window(sums, read, *numbers), unscaled)
+        return sums, read, window[2:-1]
+
+    return without_loss_scale
 
 
 def without_statistics(
-    optimizer: ExampleOptimizer, alone: list[tuple[int, Tensor, State]], found: list[Found], given: int | None
+    optimizer: ExampleOptimizer, alone: list[tuple[int, Row]], found: list[Found], given: int | None
 ) -> list[Found]:
     """Parameters of no attached model: the batch size is that of the others, or the one given to `step`."""
     sizes = {one.window.batch_size for one in found}
@@ -172,20 +189,23 @@ def without_statistics(
             f"attached model: leave batch_size away, statistics know it"
         )
     groups = optimizer.param_groups
-    moving = [row for row in alone if sizes or given is not None or float(groups[row[0]]["lr"]) != 0]
+    moving = [one for one in alone if sizes or given is not None or float(groups[one[0]]["lr"]) != 0]
     if not moving:
         return []
     if given is None and len(sizes) != 1:
         raise MissingStatistic(
-            f"the batch size behind the gradient of a parameter of shape {tuple(moving[0][1].shape)} is not known: "
-            f"call gradstats.attach(model) before the forward pass, or step(batch_size=...)"
+            f"the batch size behind the gradient of a parameter of shape {tuple(moving[0][1].parameter.shape)} is not "
+            f"known: call gradstats.attach(model) before the forward pass, or step(batch_size=...)"
         )
     b = given if given is not None else next(iter(sizes))
     reductions = {one.window.loss_reduction for one in found} or {"mean"}
     if len(reductions) > 1:
         raise GradstatsError("models attached with different loss_reductions in one step: an optimizer each")
     (reduction,) = reductions
-    return [Found(index, p, state, Window({}, p.grad, b, reduction, p.numel())) for index, p, state in moving]
+    by_group: dict[int, list[Row]] = {}
+    for index, row in moving:
+        by_group.setdefault(index, []).append(row)
+    return [Found(index, Window({}, rows[0].gradient, b, reduction), rows) for index, rows in by_group.items()]
 
 
 def allocate(p: Tensor, state: State, update: Update) -> None:

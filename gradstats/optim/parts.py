@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +12,9 @@ from torch import Tensor
 from gradstats.distributed.local import local, total
 from gradstats.distributed.spread import DTensor
 from gradstats.errors import GradstatsError
-from gradstats.optim.elementwise import Columns, Row
-from gradstats.optim.found import Found, State, allocate
+from gradstats.optim.elementwise import Columns
+from gradstats.optim.found import Found, Row, State, allocate
+from gradstats.optim.tally import Tally
 from gradstats.optim.update import STATISTICS, Update
 from gradstats.sums import accumulation_dtype
 from gradstats.window import Window
@@ -61,14 +61,13 @@ class Part:
     age: Age
     update: Update
     scalars: dict[str, Any]
-    windows: list[Window] = field(default_factory=list)
-    states: list[State] = field(default_factory=list)
-    columns: Columns = field(default_factory=dict)  # "parameter", "gradient", raw sums and buffers, in one order
-    one: Tensor | None = None  # of the parameters
+    states: list[State]
+    columns: Columns  # "parameter", "gradient", raw sums and buffers, in one order
+    one: Tensor  # of the parameters
+    tally: Tally | None  # of what the states have seen, where it is of these alone
 
     def total(self, sums: Tensor) -> Tensor:
         """Sums over all elements from those over the columns', which are this rank's where parameters are sharded."""
-        assert self.one is not None
         return total(sums, self.one)
 
     def grow_older(self) -> None:
@@ -79,7 +78,10 @@ class Part:
                 state.setdefault(COVERED, state["step"].clone())
             if not self.update.waits:
                 add([state[COVERED] for state in self.states], self.age.stands_for)
-        add([state["step"] for state in self.states], b)
+        if self.tally is not None:
+            self.tally.add(b)
+        else:
+            add([state["step"] for state in self.states], b)
         for name in self.update.younger:
             add([state[f"{name}_step"] for state in self.states], self.update.growth(name, b, waiting))
 
@@ -89,83 +91,79 @@ def add(counts: list[Tensor], number: int) -> None:
     torch._foreach_add_(counts, ONE, alpha=number)
 
 
-# By what their ages, numbers and units of gradients are.
-Parts = dict[tuple[Any, ...], tuple[Part, list[Row]]]
-
-
-class Plan(NamedTuple):
-    """An update, and what it would make anew whenever it is asked: once for all parameters alike."""
-
-    update: Update
-    dtype: torch.dtype  # of the buffers
-    reads: tuple[str, ...]
-    buffers: tuple[str, ...]
-    younger: tuple[str, ...]
-    numbers: tuple[str, ...]
-    waits: bool
-
-
-def plan_of(update: Update, dtype: torch.dtype) -> Plan:
-    """For parameters of the given dtype."""
-    names = update.reads, update.buffers, update.younger, update.numbers
-    return Plan(update, accumulation_dtype(dtype), *names, update.waits)
-
-
 def parts_of(optimizer: ExampleOptimizer, found: Sequence[Found], loss_scale: float) -> list[Part]:
     """All that a step moves, which is what was found but for averages that wait for their first batch.
 
     `loss_scale` is what the loss was multiplied by while windows do not know of it.
     """
-    plans: dict[tuple[Any, ...], tuple[Plan, Parts]] = {}
-    for index, p, state, window in found:
+    parts: list[Part] = []
+    for index, window, found_rows in found:
         group, b = optimizer.param_groups[index], window.batch_size
-        choice = (index, b, p.dtype, window.fraction, bool(window.sums), *state)
-        known = plans.get(choice)
-        if known is None:
-            known = plans[choice] = plan_of(update_of(optimizer, group, state, window), p.dtype), {}
-        plan, parts = known
-        row = row_of(p, state, window, plan)
-        before = state["step"].item()
-        waiting = before - state[COVERED].item() if COVERED in state else 0
-        if plan.waits and waiting == before:  # there is no average yet
-            continue
-        ages: tuple[tuple[str, int], ...] = ()
-        if plan.younger:
-            growth = plan.update.growth
-            ages = tuple([(name, int(state[f"{name}_step"]) + growth(name, b, waiting)) for name in plan.younger])
-        numbers = tuple([float(state[name]) for name in plan.numbers]) if plan.numbers else ()
-        units = window.loss_reduction, window.factor, window.loss_scale, window.gradient_scale, window.ranks
-        key = (before, waiting, ages, numbers, units, p.device, p.device_mesh if isinstance(p, DTensor) else None)
-        of_part = parts.get(key)
-        if of_part is None:
-            age = Age(b, before + b, ages, waiting, plan.waits)
-            scalars = common_scalars(group, age, plan.update, window, loss_scale)
-            scalars |= optimizer.scalars(group, age, plan.update)
-            of_part = parts[key] = Part(group, age, plan.update, scalars, one=p), []
-        part, rows = of_part
-        part.windows.append(window)
-        part.states.append(state)
-        rows.append(row)
-    complete: list[Part] = []
-    for part, rows in chain.from_iterable(parts.values() for _, parts in plans.values()):
-        names = ("parameter", "gradient", *part.update.reads, *part.update.buffers)
-        part.columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-        complete.append(part)
-    return complete
+        for kind, of_kind in alike(found_rows, kinds(found_rows)):
+            update = update_of(optimizer, group, of_kind[0].state, window)
+            complete(update, of_kind)
+            tally = optimizer.tallies.setdefault((index, kind), Tally())
+            for (before, waiting, younger, _), rows in alike(of_kind, counts(update, of_kind, tally, b)):
+                if update.waits and waiting == before:  # there is no average yet
+                    continue
+                age = Age(b, before + b, younger, waiting, update.waits)
+                scalars = common_scalars(group, age, update, window, loss_scale)
+                scalars |= optimizer.scalars(group, age, update)
+                states, columns = [row.state for row in rows], columns_of(update, rows)
+                whole = tally if len(rows) == len(of_kind) else None
+                parts.append(Part(group, age, update, scalars, states, columns, rows[0].parameter, whole))
+    return parts
 
 
-def row_of(p: Tensor, state: State, window: Window, plan: Plan) -> Row:
-    """A parameter, its gradient, raw sums and buffers; of a sharded one, what is here."""
-    gradient = p.grad
-    assert gradient is not None
-    row = [p, gradient.to_dense() if gradient.is_sparse else gradient, *[window.sums[name] for name in plan.reads]]
-    for name in plan.buffers:
-        buffer = state.get(name)
-        if buffer is None or buffer.dtype != plan.dtype:
-            allocate(p, state, plan.update)
-            buffer = state[name]
-        row.append(buffer)
-    return [local(t) for t in row] if isinstance(p, DTensor) else row
+def alike(rows: list[Row], keys: list[Any]) -> Iterable[tuple[Any, list[Row]]]:
+    """Rows by their keys."""
+    if keys.count(keys[0]) == len(keys):  # mostly, and sooner known than sorted
+        return [(keys[0], rows)]
+    found: dict[Any, list[Row]] = {}
+    for row, key in zip(rows, keys, strict=True):
+        found.setdefault(key, []).append(row)
+    return found.items()
+
+
+def kinds(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+    """What decides the update of each, and which one kernel moves."""
+    return [(p.dtype, p.device, p.device_mesh if isinstance(p, DTensor) else None, *state) for p, _, state, _ in rows]
+
+
+def complete(update: Update, rows: Sequence[Row]) -> None:
+    """Allocates what the update keeps of the parameters, and is not there yet."""
+    dtype, names = accumulation_dtype(rows[0].parameter.dtype), update.buffers
+    if any(name not in row.state or row.state[name].dtype != dtype for row in rows for name in names):
+        for row in rows:
+            allocate(row.parameter, row.state, update)
+
+
+def counts(
+    update: Update, rows: Sequence[Row], tally: Tally, b: int
+) -> list[tuple[int, int, tuple[Any, ...], tuple[float, ...]]]:
+    """What decides the scalars of each: the examples that its state has seen, how many of them its averages of
+    statistics still wait for, those of its younger buffers with this batch, and its numbers."""
+    found, younger, numbers = [], update.younger, update.numbers
+    states = [row.state for row in rows]
+    missed = COVERED in states[0]
+    for state, before in zip(states, tally.of(states), strict=True):
+        waiting: int = before - state[COVERED].item() if missed else 0
+        ages = [(name, int(state[f"{name}_step"]) + update.growth(name, b, waiting)) for name in younger]
+        found.append((before, waiting, tuple(ages), tuple([float(state[name]) for name in numbers])))
+    return found
+
+
+def columns_of(update: Update, rows: Sequence[Row]) -> Columns:
+    """Parameters, gradients, raw sums and buffers, all in one order; of sharded ones, what is here."""
+    parameters, gradients, states, sums = map(list, zip(*rows, strict=True))
+    columns: Columns = {"parameter": parameters, "gradient": [g.to_dense() if g.is_sparse else g for g in gradients]}
+    for name in update.reads:
+        columns[name] = [one[name] for one in sums]
+    for name in update.buffers:
+        columns[name] = [state[name] for state in states]
+    if isinstance(parameters[0], DTensor):
+        return {name: list(map(local, column)) for name, column in columns.items()}
+    return columns
 
 
 def update_of(optimizer: ExampleOptimizer, group: Mapping[str, Any], state: State, window: Window) -> Update:

@@ -139,7 +139,7 @@ def alone(part: Part, i: int, factor: Tensor) -> Part:
     """One of the part's parameters as a part, with its factor."""
     columns = {name: [column[i]] for name, column in part.columns.items()}
     scalars = part.scalars | {"factor": factor}
-    return replace(part, scalars=scalars, windows=[part.windows[i]], states=[part.states[i]], columns=columns)
+    return replace(part, scalars=scalars, states=[part.states[i]], columns=columns)
 
 
 class SaturatingSGD(Saturating, BatchInvariantSGD):
