@@ -91,20 +91,6 @@ class Contest:
 
         return self.over_log(log_ratio)
 
-    def examples_to(self, label: str, B: int, target: float, rows: Rows) -> float:
-        """Examples until the training loss is at the target, at the learning rate that takes the fewest of them; inf if
-        none gets there. Interpolated in the mean of ln(loss) over seeds, along examples."""
-        return min(self._examples_to(label, B, target, rows))
-
-    def quickest(self, label: str, B: int, target: float) -> int:
-        """Where its learning rates have the one of `examples_to`."""
-        return int(np.argmin(self._examples_to(label, B, target, self.everyone)))
-
-    def _examples_to(self, label: str, B: int, target: float, rows: Rows) -> list[float]:
-        """By learning rate."""
-        runs = self.runs[label, B]
-        return [reached(runs.examples, curve, float(np.log(target))) for curve in runs.curve[rows].mean(axis=0)]
-
     def best_octave(self, label: str, B: int, rows: Rows) -> float:
         """That of the lowest training loss, between octaves by a parabola (experiments.parabola)."""
         runs = self.runs[label, B]
@@ -180,18 +166,6 @@ class Contest:
 def at(runs: Runs, rows: Rows, lr: int | None = None) -> float:
     """Mean of ln training loss, at the tuned learning rate by default; so every resample is tuned anew."""
     return float(runs.train[rows, runs.tuned(rows) if lr is None else lr].mean())
-
-
-def reached(examples: Sequence[int], curve: Array, level: float) -> float:
-    """Where a curve first comes down to the level, between its points by a line; inf if it never does."""
-    below = np.flatnonzero(curve <= level)
-    if not len(below):
-        return float("inf")
-    i = int(below[0])
-    if i == 0:
-        return float(examples[0])
-    share = (curve[i - 1] - level) / (curve[i - 1] - curve[i])
-    return float(examples[i - 1] + share * (examples[i] - examples[i - 1]))
 
 
 def contest(settings: ContestConfig, results: Sequence[Result]) -> Contest:

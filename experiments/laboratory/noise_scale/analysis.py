@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import product
 from operator import getitem
 
 import numpy as np
@@ -15,6 +16,7 @@ from experiments.cube import cube
 from experiments.estimate import Array, Estimate, Rows
 from experiments.jobs import Result
 from experiments.laboratory.knee import Knee, fitted, steps_law
+from experiments.laboratory.noise_scale.arrivals import Arrivals, arrivals
 from experiments.laboratory.noise_scale.measure import METHODS, WHOLE
 from experiments.laboratory.schemas import NoiseScaleConfig
 
@@ -39,12 +41,23 @@ class Followed:
         found: Array = np.log(of[..., 1] / of[..., 0])
         return found
 
+    def told(self, target: float, batch_size: int) -> Array:
+        """ln of `told_by_noise` of each run, (S,)."""
+        runs = zip(self.loss, self.scale(), strict=True)
+        told = [told_by_noise(self.examples, loss, scale, float(np.log(target)), batch_size) for loss, scale in runs]
+        return np.log(told)
+
 
 @dataclass(frozen=True)
 class Analysis:
+    """By contestant and target, arrivals: of each batch size; told: ln of what the noise scale along each followed run
+    tells (S,), not a number of one that does not come to the target."""
+
     settings: NoiseScaleConfig
     contest: Contest
     followed: dict[str, Followed]
+    arrivals: dict[tuple[str, float], list[Arrivals]]
+    told_by_run: dict[tuple[str, float], Array]
 
     @property
     def layers(self) -> list[str]:
@@ -110,22 +123,21 @@ class Analysis:
         return self.contest.over_log(lambda rows: self.spread(label, method, rows, group))
 
     def steps(self, label: str, target: float, rows: Rows) -> Array:
-        """To the loss, at the quickest learning rate of each batch size."""
-        counts = [self.contest.examples_to(label, B, target, rows) / B for B in self.settings.batch_sizes]
-        return np.array(counts)
+        """To the loss, at the quickest learning rate of each batch size; inf where they are censored."""
+        return np.array([one.steps(rows) for one in self.arrivals[label, target]])
 
-    def least_steps(self, label: str, target: float) -> Estimate:
+    def least_steps(self, label: str, target: float) -> Estimate | str:
         """At the largest batch size."""
-        return self.contest.over_finite(lambda rows: float(self.steps(label, target, rows)[-1]))
+        largest = self.arrivals[label, target][-1]
+        return largest.told() if largest.is_censored else self.contest.over_finite(largest.steps)
 
     def knee(self, label: str, target: float, rows: Rows) -> Knee:
+        """No number where steps are censored."""
         return fitted(steps_law, self.settings.batch_sizes, np.log(self.steps(label, target, rows)))
 
     def predicted(self, label: str, target: float, rows: Rows) -> float:
-        """The critical batch size that the noise scale tells, along the followed run up to the loss."""
-        one = self.followed[label]
-        loss, scale = one.loss[rows].mean(axis=0), one.scale()[rows].mean(axis=0)
-        return told_by_noise(one.examples, loss, scale, float(np.log(target)), self.settings.followed_batch_size)
+        """The critical batch size that the noise scale tells, along the followed runs up to the loss."""
+        return float(np.exp(self.told_by_run[label, target][rows].mean()))
 
     def measured_size(self, label: str, target: float) -> Estimate:
         return self.contest.over_finite(lambda rows: self.knee(label, target, rows).size)
@@ -162,7 +174,18 @@ def analyse(settings: NoiseScaleConfig, results: Sequence[Result]) -> Analysis:
         label: _followed([result for result in followed if result.coordinates["followed"] == label])
         for label in settings.contestants
     }
-    return Analysis(settings, contest(settings, runs_of(results)), by_label)
+    trained = contest(settings, runs_of(results))
+    pairs = list(product(settings.contestants, settings.targets))
+    return Analysis(
+        settings,
+        trained,
+        by_label,
+        {
+            (label, target): [arrivals(trained.runs[label, B], B, target) for B in settings.batch_sizes]
+            for label, target in pairs
+        },
+        {(label, target): by_label[label].told(target, settings.followed_batch_size) for label, target in pairs},
+    )
 
 
 def _followed(results: Sequence[Result]) -> Followed:

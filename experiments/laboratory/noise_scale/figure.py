@@ -25,9 +25,9 @@ def caption(found: Analysis) -> str:
         f"Top: the noise scale over the training set along a run of B = {s.followed_batch_size} at its tuned learning "
         "rate, of all parameters and of each layer; markers: of all parameters, from "
         f"{s.draws} draws of {s.big} examples, by the norms of examples and of shards of {s.small}. Bottom: steps to "
-        "each training loss over the batch size, at the quickest learning rate; line: the fit S_min (1 + B_crit/B); "
-        "vertical lines: the critical batch size, measured (dashed) and told by the noise scale (dotted). Geometric "
-        f"means over {len(s.seeds)} seeds; the band is the 95% interval of all parameters."
+        "each training loss over the batch size, at the quickest learning rate (arrows: more than runs had); line: the "
+        "fit S_min (1 + B_crit/B); vertical lines: the critical batch size, measured (dashed) and told by the noise "
+        f"scale (dotted). Geometric means over {len(s.seeds)} seeds; the band is the 95% interval of all parameters."
     )
 
 
@@ -86,6 +86,9 @@ def _steps(axes: Axes, found: Analysis, label: str, theme: Theme) -> None:
     for target, colour, marker in zip(s.targets, colours, cycle(MARKERS), strict=False):
         steps, knee = found.steps(label, target, everyone), found.knee(label, target, everyone)
         axes.plot(sizes, steps, marker, color=colour, markersize=4, label=f"loss {target:g}")
+        censored = [one for one in found.arrivals[label, target] if one.is_censored]
+        at, bounds = [one.batch_size for one in censored], [one.bound for one in censored]
+        axes.plot(at, bounds, color=colour, marker="$\\uparrow$", markersize=7, linestyle="none")
         axes.plot(fine, knee.at(steps_law, fine), color=colour, linewidth=1.2)
         for size, style in ((knee.size, "--"), (found.predicted(label, target, everyone), ":")):
             if np.isfinite(size):

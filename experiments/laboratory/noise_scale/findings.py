@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from experiments.estimate import Finding, at_edge, notes
+import numpy as np
+
+from experiments.estimate import Finding, at_edge, listed, notes
 from experiments.laboratory.noise_scale.analysis import Analysis
 from experiments.laboratory.noise_scale.measure import METHODS, WHOLE
 from experiments.laboratory.verdicts import equals, within
@@ -77,25 +79,44 @@ def _norms(found: Analysis, label: str, norm: str) -> Finding:
 
 def _law(found: Analysis, label: str, target: float) -> Finding:
     misfit = found.contest.over_finite(lambda rows: math.exp(found.knee(label, target, rows).misfit))
-    steps = found.steps(label, target, found.contest.everyone)
-    told = ", ".join(f"{n:.3g} at B = {B}" for B, n in zip(found.settings.batch_sizes, steps, strict=True))
+    told = ", ".join(f"{one.told()} at B = {one.batch_size}" for one in found.arrivals[label, target])
+    fit = f"B_crit is {found.measured_size(label, target)}, and the furthest off is by a factor of {misfit}."
     return Finding(
         f"{label}: steps to a training loss of {target:g} are S_min (1 + B_crit/B), within {FITS:.0%}",
         misfit.verdict(1 + FITS),
-        f"They are {told}; B_crit is {found.measured_size(label, target)}, and the furthest off is by a factor of "
-        f"{misfit}.",
+        f"They are {told}. {_censored(found, label, target) or fit}",
     )
 
 
 def _predicted(found: Analysis, label: str, target: float) -> Finding:
     ratio = found.ratio(label, target)
+    numbers = (
+        f"It tells {found.predicted_size(label, target)}, and {found.measured_size(label, target)} is measured: a "
+        f"ratio of {ratio}."
+    )
     return Finding(
         f"{label}: the noise scale along the run tells the critical batch size at a loss of {target:g}, within a "
         f"factor of {FACTOR:g}",
         within(ratio, 1 / FACTOR, FACTOR),
-        f"It tells {found.predicted_size(label, target)}, and {found.measured_size(label, target)} is measured: a "
-        f"ratio of {ratio}.",
+        f"{numbers} {_why(found, label, target)}".rstrip(),
     )
+
+
+def _why(found: Analysis, label: str, *targets: float) -> str:
+    """Numbers are missing, if runs do not come to the losses."""
+    followed = [
+        f"Not every run that is followed comes to {target:g}."
+        for target in targets
+        if np.isnan(found.told_by_run[label, target]).any()
+    ]
+    return " ".join([*followed, *filter(None, (_censored(found, label, target) for target in targets))])
+
+
+def _censored(found: Analysis, label: str, target: float) -> str:
+    sizes = [one.batch_size for one in found.arrivals[label, target] if one.is_censored]
+    if not sizes:
+        return ""
+    return f"Nothing is fitted: at B in {listed(sizes)} no learning rate brings the runs of all seeds to {target:g}."
 
 
 def _grows(found: Analysis, label: str) -> Finding:
@@ -112,16 +133,16 @@ def _grows(found: Analysis, label: str) -> Finding:
         f"{label}: from a loss of {first:g} to one of {last:g} the critical batch size grows as the noise scale tells, "
         "within a factor of 2",
         within(both, 0.5, 2.0),
-        f"It grows {seen} times, and the noise scale tells {told} times.",
+        f"It grows {seen} times, and the noise scale tells {told} times. {_why(found, label, first, last)}".rstrip(),
     )
 
 
 def _notes(found: Analysis) -> list[Finding]:
     edges = [
-        f"{label} at B = {B} and a loss of {target:g}"
-        for (label, B), runs in found.contest.runs.items()
-        for target in found.settings.targets
-        if found.contest.quickest(label, B, target) in (0, len(runs.octaves) - 1)
+        f"{label} at B = {one.batch_size} and a loss of {target:g}"
+        for (label, target), of_target in found.arrivals.items()
+        for one in of_target
+        if one.at_edge
     ]
     told = [f"{label}, from {_range(found, label)}" for label in found.settings.contestants]
     return [

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from experiments.contest.analysis import reached
 from experiments.contest.followed import FollowedContest
 from experiments.errors import UserError
 from experiments.jobs import Job, Result
 from experiments.laboratory.noise_scale.analysis import analyse
+from experiments.laboratory.noise_scale.arrivals import arrival
 from experiments.laboratory.noise_scale.figure import alternative, caption, draw
 from experiments.laboratory.noise_scale.findings import findings
 from experiments.laboratory.noise_scale.measure import noise_along
@@ -44,9 +42,7 @@ class NoiseScaleStudy(FollowedContest[NoiseScaleConfig]):
 
     def criteria(self, record: Record) -> list[float]:
         """The loss, and examples to each target."""
-        logs = np.log(np.nan_to_num(record.train_loss, nan=np.inf))
-        to_targets = [reached(record.examples, logs, float(np.log(target))) for target in self.settings.targets]
-        return [*super().criteria(record), *to_targets]
+        return [*super().criteria(record), *(arrival(record, target) for target in self.settings.targets)]
 
     def required(self) -> Sequence[str]:
         return ()

@@ -64,5 +64,6 @@ TERMS = OF_CONTEST | {
     "twice the least examples, are needed.",
     "Told by the noise scale": "Its mean along the run up to the loss, each step counted as the share 1 / (1 + N / B) "
     "of a step without noise that it is worth at the noise scale N.",
-    "Quickest": "The learning rate with the fewest examples to the loss, in the geometric mean curve over seeds.",
+    "Quickest": "The learning rate with the fewest examples to the loss, a geometric mean over seeds, of those that "
+    "bring every run to it: one that diverges, or ends above it, takes more than is known.",
 }

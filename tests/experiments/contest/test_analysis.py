@@ -92,16 +92,6 @@ def test_the_figure_differs_by_theme():
     assert [len(table.rows) for table in tables(found)] == [3, 3]
 
 
-def test_examples_to_a_loss_are_those_of_the_quickest_learning_rate():
-    found = contest(STUDY, results(STUDY, lambda label, _: 0.1, best=lambda *_: 1.0, noise=0))
-    # Losses fall from 2 as a power of the examples' share: to 0.1 at 4,096.
-    expected = 4096 * math.log(2 / 0.5) / math.log(2 / 0.1)
-    assert found.examples_to(A, 16, 0.5, found.everyone) == pytest.approx(expected)
-    assert found.quickest(A, 16, 0.5) == 3
-    assert found.examples_to(A, 16, 0.05, found.everyone) == math.inf
-    assert found.examples_to(A, 16, 2.0, found.everyone) == 0
-
-
 def test_the_best_octave_lies_between_octaves():
     found = contest(STUDY, results(STUDY, lambda label, _: 0.1, best=lambda *_: 0.3, noise=0))
     assert found.best_octave(A, 16, found.everyone) == pytest.approx(0.3)

@@ -66,8 +66,10 @@ def findings(
     norm: Callable[[float], float],
     bias: float = 1.0,
     error: float = 0.5,
+    lowest: float = 0.1,
 ) -> list[Finding]:
-    """scale: the noise scale at each look, norm: of it, that of normalisation; bias and error: of one pass."""
+    """scale: the noise scale at each look, norm: of it, that of normalisation; bias and error: of one pass; lowest: the
+    last loss of the first seed's followed run."""
     random, s = np.random.default_rng(0), study()
     made = results(s, loss, noise=1e-3)
     for label in s.contestants:
@@ -77,7 +79,9 @@ def findings(
             found: dict[str, Any] = {
                 "examples": EXAMPLES,
                 "groups": GROUPS,
-                "loss": [FIRST * 0.05 ** (n / EXAMPLES[-1]) for n in EXAMPLES],
+                "loss": [
+                    FIRST * ((lowest if seed == s.seeds[0] else 0.1) / FIRST) ** (n / EXAMPLES[-1]) for n in EXAMPLES
+                ],
                 "exact": exact.tolist(),
             }
             for method, times, spread in ((ONE_PASS, bias, error), (TWO_SIZES, 1.0, 1.0)):
@@ -103,6 +107,26 @@ def test_findings_come_out_both_ways():
     bad = findings(uneven, lambda i: 1e5 if i < 3 else 1e3, lambda total: 1 / total, bias=2.0, error=2.0)
     told = {finding.bar.partition(": ")[2]: finding.verdict for finding in bad if finding.bar.startswith("SGD")}
     assert list(told.values()) == ["does not hold"] * 9
+
+
+def test_what_never_comes_to_a_loss_is_no_number():
+    def loss(label: str, B: int) -> float:
+        return 0.3 if B == 256 else by_law(64)(label, B)
+
+    found = [f for f in findings(loss, lambda i: 60 + 3 * i, lambda total: total) if f.bar.startswith("SGD")]
+    told = {target: [f for f in found if f" {target:g}" in f.bar] for target in study().targets}
+    assert [f.verdict for f in told[0.5][:2]] == ["holds"] * 2
+    assert [f.verdict for f in told[0.25]] == ["cannot be judged"] * 3
+    assert "more than 16 at B = 256. Nothing is fitted: at B in {256} no learning rate" in told[0.25][0].sentence
+    assert all("no learning rate brings the runs of all seeds to 0.25" in f.sentence for f in told[0.25])
+    assert not any("nan" in f.sentence or "inf" in f.sentence.split() for f in found)
+
+
+def test_a_followed_run_that_never_comes_to_a_loss_is_no_number():
+    found = findings(by_law(64), lambda i: 60 + 3 * i, lambda total: total, lowest=0.3)
+    told = [f for f in found if f.bar.startswith("SGD") and " 0.25" in f.bar]
+    assert [f.verdict for f in told] == ["holds", "cannot be judged", "cannot be judged"]
+    assert all(f.sentence.endswith("Not every run that is followed comes to 0.25.") for f in told[1:])
 
 
 def test_the_sentences_have_the_numbers():
