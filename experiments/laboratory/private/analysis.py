@@ -87,9 +87,23 @@ class Analysis:
     def clipped(self, method: str, epsilon: float) -> Estimate:
         return self.over(lambda rows: self.mean(method, epsilon, "clipped", rows), percent=True)
 
-    def best(self, epsilon: float) -> str:
+    def best(self, epsilon: float | None, rows: Rows | None = None) -> str:
         """The method with the lowest training loss, which is what is tuned."""
-        return min(METHODS, key=lambda method: self.mean(method, epsilon, "log_loss", self.everyone))
+        chosen = self.everyone if rows is None else rows
+        return min(METHODS, key=lambda method: self.mean(method, epsilon, "log_loss", chosen))
+
+    def best_accuracy(self, epsilon: float | None) -> Estimate:
+        """That of the best method, which is chosen anew in every resample."""
+        return self.over(lambda rows: self._best_accuracy(epsilon, rows), percent=True)
+
+    def price(self, epsilon: float) -> Estimate:
+        """Accuracy of the best method below that of the best one without privacy, whichever they are."""
+        return self.over(
+            lambda rows: self._best_accuracy(None, rows) - self._best_accuracy(epsilon, rows), percent=True
+        )
+
+    def _best_accuracy(self, epsilon: float | None, rows: Rows) -> float:
+        return self.mean(self.best(epsilon, rows), epsilon, "accuracy", rows)
 
     def times(self, other: str) -> Estimate:
         """What a step of it takes, over ours."""

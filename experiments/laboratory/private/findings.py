@@ -77,15 +77,15 @@ def _noise(found: Analysis) -> Finding:
 
 
 def _cheap(found: Analysis) -> Finding:
-    epsilon = max(found.settings.epsilons)
-    method = found.best(epsilon)
-    lost = found.lost(method, epsilon)
-    told = ", ".join(f"{found.lost(found.best(e), e)} at {e:g} ({found.best(e)})" for e in found.settings.epsilons)
+    epsilon, free = max(found.settings.epsilons), found.best(None)
+    price = found.price(epsilon)
+    told = ", ".join(f"{found.price(e)} at {e:g} ({found.best(e)})" for e in found.settings.epsilons)
     return Finding(
         f"At epsilon = {epsilon:g} privacy costs at most {100 * CHEAP:g} points of held-out accuracy",
-        lost.verdict(CHEAP),
-        f"{method}, the method with the lowest training loss there, loses {lost} points of its "
-        f"{found.accuracy(method, None)}% without privacy. By epsilon, the best method's loss in points is {told}.",
+        price.verdict(CHEAP),
+        f"{found.best(epsilon)}, the method with the lowest training loss there, is {price} points below the "
+        f"{found.best_accuracy(None)}% of the one with the lowest without privacy ({free}). By epsilon, the best is "
+        f"below that by {told}.",
     )
 
 
