@@ -70,7 +70,7 @@ class Race:
 @dataclass(frozen=True)
 class Analysis:
     """limited: by PRICES, growing contender and one that decays, the latter tuned anew over the examples that cost as
-    much as the former's run."""
+    much as the former's run, in the median over seeds."""
 
     settings: AdaptiveBatchConfig
     counts: list[int]
@@ -96,8 +96,36 @@ class Analysis:
         return compared(self.tuned[label], self.tuned[other], held_out)
 
     def ratio_at_equal(self, price: str, growing: str, other: str, held_out: bool = False) -> Estimate:
-        """Where the other has as many seconds, or steps."""
-        return compared(self.tuned[growing], self.limited[price, growing, other], held_out)
+        """Where the other has as many seconds, or steps: as these seeds have them, of which every resample has others.
+        So the uncertainty of what examples cost is in the interval."""
+        one, limited = self.tuned[growing], self.limited[price, growing, other]
+        measured = self._log_share(price, growing, other, one.everyone)
+
+        def log_ratio(rows: Rows) -> float:
+            more = self._log_share(price, growing, other, rows) - measured
+            gained = more * self._slope(other, limited, rows, held_out)
+            return one.log_loss(rows, held_out) - limited.log_loss(rows, held_out) - gained
+
+        return over_rows(len(one.train), log_ratio).exp()
+
+    def share(self, price: str, growing: str, other: str) -> Estimate:
+        """Of the price of the other's run over all examples, what the growing contender's costs; a median."""
+        seeds = len(self.settings.seeds)
+        return over_rows(seeds, lambda rows: self._log_share(price, growing, other, rows)).exp()
+
+    def _log_share(self, price: str, growing: str, other: str, rows: Rows) -> float:
+        paid, whole = (getattr(self.races[label], price)[rows, -1] for label in (growing, other))
+        return float(np.log(np.median(paid / whole)))
+
+    def _slope(self, label: str, limited: Tuned, rows: Rows, held_out: bool) -> float:
+        """d ln(loss) / d ln(examples) at the budget, towards the one it was tuned over that is farthest from it; 0 if
+        there is none."""
+        tuned = [self.tuned[label], *(one for (*_, rival), one in self.limited.items() if rival == label)]
+        apart = [float(np.log(one.examples / limited.examples)) for one in tuned]
+        farthest = int(np.abs(apart).argmax())
+        if apart[farthest] == 0:
+            return 0.0
+        return (tuned[farthest].log_loss(rows, held_out) - limited.log_loss(rows, held_out)) / apart[farthest]
 
     def steps(self, label: str, other: str) -> Estimate:
         """Of the one, over those of the other."""

@@ -21,10 +21,10 @@ MARKERS = ("x", "+", "1", "2", "3", "4")
 def caption(found: Analysis) -> str:
     return (
         "Left: training loss along the examples seen, each contender at its own tuned learning rate; at a fixed batch "
-        "size the better of the decays. Middle: the same along the seconds of training, in runs that took turns; "
-        "single markers are decays tuned for as many seconds as the growing batch of that colour takes. Right: batch "
-        "size (solid) and noise scale over the training set (dotted). Geometric means, and medians of seconds, over "
-        f"{len(found.settings.seeds)} seeds; bands are 95% intervals."
+        "size the better of the decays. Middle: the same along the seconds of training (processor time), in runs that "
+        "took turns; single markers are decays tuned for as many seconds as the growing batch of that colour takes. "
+        "Right: batch size (solid) and noise scale over the training set (dotted). Geometric means, and medians of "
+        f"seconds, over {len(found.settings.seeds)} seeds; bands are 95% intervals."
     )
 
 
@@ -52,7 +52,7 @@ def draw(found: Analysis, theme: Theme) -> Figure:
         for label in GROWING:
             _grown(panels[2], found, label, colour[label])
         logarithmic(panels[0], "examples seen", "training loss (nats)", "At equal examples")
-        logarithmic(panels[1], "seconds of training", "training loss (nats)", "At equal wall-clock")
+        logarithmic(panels[1], "seconds of training", "training loss (nats)", "At equal processor time")
         logarithmic(panels[2], "examples seen", "examples", "Batch size and noise scale")
         headroom(panels[2], 0.25)
         panels[0].legend(fontsize=7, labelspacing=0.25)

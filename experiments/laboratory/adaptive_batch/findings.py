@@ -74,7 +74,8 @@ def _sooner(found: Analysis, price: str, label: str, B: int) -> Finding:
         f"At equal {price} {SAID[label]} reaches a lower training loss than a tuned decay at B = {B}",
         ratio.verdict(1),
         f"Its loss is {ratio} times that of {rival}, tuned over the {limited.examples:,} examples that take as many "
-        f"{price} as its {found.counts[-1]:,}; held out {held_out} times.",
+        f"{price} as its {found.counts[-1]:,}; held out {held_out} times. Over equal examples it takes "
+        f"{found.share(price, label, rival)} times the {price}: both intervals have that uncertainty.",
     )
 
 

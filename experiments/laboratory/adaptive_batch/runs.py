@@ -28,7 +28,11 @@ SIZES = "noise_scale"  # the statistic that batch sizes follow
 
 @dataclasses.dataclass
 class Progress:
-    """Of a run so far: seconds of training, without what is looked at; the batch size from here on."""
+    """Of a run so far: seconds of training, without what is looked at; the batch size from here on.
+
+    Seconds are of processor time, which on one thread are those of a machine that does nothing else: what else runs
+    hardly shows in them.
+    """
 
     model: torch.nn.Module
     train: Split
@@ -61,7 +65,7 @@ def stepping(
     now = Progress(model, data.train, data.test, size=contender.smallest)
     position = 0
     for count in counts:
-        started = time.perf_counter()
+        started = time.process_time()
         while position < count:
             B = next_size(now.size, position)
             indices = torch.from_numpy(order.stream(position, position + B))
@@ -77,7 +81,7 @@ def stepping(
                 now.size = adaptive.size
             position += B
             now.steps += 1
-        now.seconds += time.perf_counter() - started
+        now.seconds += time.process_time() - started
         yield now
     if statistics is not None:
         statistics.detach()
@@ -107,7 +111,7 @@ def trained(
     return {**losses(now, initial_losses(problem, seed)), "steps": now.steps}
 
 
-def race(
+def take_turns(
     problem: str,
     method: str,
     contenders: str,

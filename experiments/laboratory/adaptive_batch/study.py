@@ -11,6 +11,7 @@ from experiments.contest.plan import bracket, tuned_octave
 from experiments.errors import UserError
 from experiments.jobs import Job, Result
 from experiments.laboratory.adaptive_batch.analysis import (
+    Analysis,
     analyse,
     at_equal,
     losses_of,
@@ -19,7 +20,7 @@ from experiments.laboratory.adaptive_batch.analysis import (
 from experiments.laboratory.adaptive_batch.contenders import Contender, contenders
 from experiments.laboratory.adaptive_batch.figure import alternative, caption, draw
 from experiments.laboratory.adaptive_batch.findings import findings
-from experiments.laboratory.adaptive_batch.runs import race, trained
+from experiments.laboratory.adaptive_batch.runs import take_turns, trained
 from experiments.laboratory.adaptive_batch.tables import TERMS, tables
 from experiments.laboratory.problem import data_of, problem_of
 from experiments.laboratory.schemas import AdaptiveBatchConfig
@@ -71,7 +72,7 @@ class AdaptiveBatch(Study[AdaptiveBatchConfig]):
         jobs += [
             self.measurement(
                 config,
-                race,
+                take_turns,
                 cost=10.0 * len(rows),
                 problem=problem,
                 method=s.method,
@@ -121,8 +122,11 @@ class AdaptiveBatch(Study[AdaptiveBatchConfig]):
         losses = losses_of(known, contender, examples, default_optimizer(self.settings.method).lr)
         return tuned_octave(self.settings.octaves, losses)
 
+    def analysed(self, results: Sequence[Result]) -> Analysis:
+        return analyse(self.settings, results, default_optimizer(self.settings.method).lr)
+
     def outcome(self, results: Sequence[Result]) -> Outcome:
-        analysis = analyse(self.settings, results, default_optimizer(self.settings.method).lr)
+        analysis = self.analysed(results)
         return Outcome(
             tables=tables(analysis),
             findings=findings(analysis),

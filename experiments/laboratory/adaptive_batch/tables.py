@@ -50,7 +50,8 @@ def tables(found: Analysis) -> list[Table]:
         Table(
             "At equal seconds and steps",
             "A decay, tuned over as many examples as take it the seconds, or steps, that the growing batch takes for "
-            "its own: its training loss (nats), and the losses of the growing batch over its losses.",
+            "its own: its training loss (nats), and the losses of the growing batch over its losses, whose intervals "
+            "have the uncertainty of that time.",
             ["Pair", "Examples", "Tuned lr", "Its loss", "Training ratio", "Held-out ratio"],
             limited,
             (),
@@ -85,6 +86,6 @@ TERMS = {
     "Tuned": "The learning rate with the lowest geometric mean of the final training loss over seeds, in factors of 2 "
     "of the method's default; for every contender the same ones to begin with, and further ones until the best has a "
     "neighbour on either side.",
-    "Seconds": "Of training steps alone, what measures the noise scale included; medians over runs in which all "
-    "contenders take turns in one process.",
+    "Seconds": "Of training steps alone, what measures the noise scale included: processor time of the one thread of "
+    "a run, in which what else the machine does hardly shows; medians over runs in which all contenders take turns.",
 }

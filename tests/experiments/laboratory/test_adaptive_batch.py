@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 from experiments.config import compose_config
 from experiments.errors import UserError
 from experiments.jobs import Job, Measurement, Result
+from experiments.laboratory.adaptive_batch import runs
 from experiments.laboratory.adaptive_batch.analysis import GROWING, Tuned, at_equal, octave_of
 from experiments.laboratory.adaptive_batch.contenders import KEPT, STEP, Contender, contenders, fixed
-from experiments.laboratory.adaptive_batch.runs import next_size, race, stepping, trained
+from experiments.laboratory.adaptive_batch.runs import next_size, stepping, take_turns, trained
 from experiments.laboratory.adaptive_batch.study import AdaptiveBatch
 from experiments.laboratory.along import along
 from experiments.laboratory.problem import problem_of
@@ -145,6 +147,47 @@ def test_tuning_is_repeated_in_every_resample():
     assert tuned.log_loss(np.array([1, 1])) == 0 and tuned.log_loss(np.array([0, 1]), held_out=True) == 2
 
 
+def test_an_interval_has_the_uncertainty_of_what_examples_cost(config: Config):
+    """A decay whose loss is halved by half the examples, at a share that every seed measures differently."""
+    study = AdaptiveBatch(SETTINGS)
+    known = planned(config, study, {}, {KEPT: 1.0, STEP: 1.0}, 2.0, 0.5)
+    exact = study.analysed(known)
+    for result in known:
+        if "contenders" in result.coordinates:
+            paid = result.found["contenders"][KEPT]["seconds"]
+            paid[-1] *= 1.2 ** (int(result.coordinates["seed"] or 0) - 1)
+    found, rival = study.analysed(known), fixed(Decay.linear, 16)
+    share, ratio = found.share("seconds", KEPT, rival), found.ratio_at_equal("seconds", KEPT, rival)
+    assert share.value == pytest.approx(0.25) and share.low < 0.25 / 1.1 and share.high > 0.25 * 1.1
+    # From 128 of 640 examples to all of them the loss doubles: by a power of ln 2 / ln 5 of the examples.
+    slope = math.log(2) / math.log(5)
+    assert ratio.value == pytest.approx(exact.ratio_at_equal("seconds", KEPT, rival).value)
+    for end, other in ((ratio.low, share.high), (ratio.high, share.low)):
+        assert end / ratio.value == pytest.approx((other / share.value) ** -slope, rel=0.01)
+    held_out = found.ratio_at_equal("seconds", KEPT, rival, held_out=True)
+    assert held_out.high - held_out.low > 0.1
+    # Steps were the same in every seed.
+    steps = found.ratio_at_equal("steps", KEPT, rival)
+    assert steps.high / steps.low < 1.01
+
+
+def test_seconds_are_of_processor_time(monkeypatch: pytest.MonkeyPatch):
+    """What waits for another program takes none."""
+    problem = problem_of(compose_config(["model.widths=[8]"]))
+    waited = 0.0
+
+    def backward(*given: Any) -> None:
+        nonlocal waited
+        time.sleep(0.05)
+        waited += 0.05
+        slow(*given)
+
+    slow = runs.backward
+    monkeypatch.setattr(runs, "backward", backward)
+    (now,) = stepping(problem, "batch_invariant_adam", Contender(16, 16), 8e-3, 1280, 0, 0, [128])
+    assert 0 < now.seconds < waited
+
+
 def test_rivals_are_tuned_for_the_seconds_and_the_steps_of_the_growing_batch(config: Config):
     study = AdaptiveBatch(SETTINGS)
     known = planned(config, study, {}, {KEPT: 1.0, STEP: 2.0}, 2.0, 2.0)
@@ -202,7 +245,7 @@ def test_a_race_is_the_runs_alone():
         label: {"contender": dataclasses.asdict(Contender(*given)), "lr": 8e-3}
         for label, given in {"fixed": (16, 16, Decay.linear), "growing": (2, 32, Decay.none, True)}.items()
     }
-    made = race(problem, contenders=json.dumps(rows), warmup=64, examples=1024, multiple=128, points=3, **METHOD)  # type: ignore[arg-type]
+    made = take_turns(problem, contenders=json.dumps(rows), warmup=64, examples=1024, multiple=128, points=3, **METHOD)  # type: ignore[arg-type]
     assert made["examples"] == [128, 384, 1024]
     for label, row in rows.items():
         contender: Any = row["contender"]
