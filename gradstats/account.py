@@ -189,6 +189,12 @@ class Account:
         if p.grad is not None and self._explained:
             self.left = self.handle.note(p.grad)
 
+    def note_again(self) -> None:
+        """p.grad was as it had been left when the backward pass began that is over, or this one has left it."""
+        grad = self.parameter.grad if self.present else None
+        if grad is not None and self.left is not None and self._explained and not self.unseen:
+            self.left = self.handle.note(grad)
+
     def _outside(self, incoming: Tensor) -> CoverageError:
         return CoverageError(
             f"parameter '{self.name}' {tuple(incoming.shape)} receives gradient from outside of its layer (a "

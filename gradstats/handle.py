@@ -234,7 +234,7 @@ class Handle(Readable):
 
     def unsent(self, name: str, kind: str) -> Tensor | None:
         """A raw sum over what other ranks have not been told of yet, None if there is none. Engines that work with
-        DistributedDataParallel have this and the next three."""
+        DistributedDataParallel have this and the next four."""
         raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
 
     def unsent_count(self, name: str) -> int:
@@ -248,6 +248,10 @@ class Handle(Readable):
 
     def receive(self, ranks: int, counts: Counts, found: dict[tuple[str, str], Tensor]) -> None:
         """Takes over what all ranks had not told of: counts, and sums by parameter and key. p.grad is their average."""
+        raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
+
+    def note_again(self) -> None:
+        """Gradients that are views of a bucket are as the backward pass left them now that it is over."""
         raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
 
     # Clipping

@@ -27,6 +27,7 @@ from gradstats.distributed.gathering import Item, gathered
 from gradstats.distributed.parcel import Parcel, packed
 from gradstats.distributed.unequal import warn_unequal
 from gradstats.errors import GradstatsError, LifetimeError
+from gradstats.gradient import same_sample, sample
 from gradstats.sums import SUMS, accumulation_dtype
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Exchange:
         self._parcels: list[Parcel] = []  # of the backward pass under way, in the order of its buckets
         self._due = False  # that pass averages gradients
         self._warned = False
+        # Of a bucket, gradients share one version: what is accumulated into one leaves its mark on all of them.
+        self._views = ddp.gradient_as_bucket_view
+        self._moving: dict[Handle, dict[str, Tensor]] | None = {} if self._views else None  # samples of gradients
         self._joins = False  # ranks may end earlier than others: torch's Join
         self.rides = True  # sums can go with the gradients
         try:
@@ -88,10 +92,21 @@ class Exchange:
             self._due = False  # of a backward pass that was cut short by an exception
         elif ddp.require_backward_grad_sync:
             self._due = True
+        if self._moving and torch.is_grad_enabled():
+            self._follow()
         self._joins = ddp._join_config.enable
         if self._joins:
             for handle in self.handles:
                 self._check_join(ddp, handle)
+
+    def _follow(self) -> None:
+        """In the first forward after gradients were averaged DDP makes its buckets anew, and moves them there."""
+        assert self._moving is not None
+        for handle, samples in self._moving.items():
+            gradients = self._gradients(handle)
+            if gradients.keys() == samples.keys() and all(same_sample(gradients[n], samples[n]) for n in samples):
+                handle.note_again()
+        self._moving = None
 
     def _check_join(self, ddp: DistributedDataParallel, handle: Handle) -> None:
         """Ranks that have joined take part in what DDP sends, and in nothing else. Raises: GradstatsError."""
@@ -118,6 +133,9 @@ class Exchange:
     def averaged(self, handle: Handle) -> dict[str, nn.Parameter]:
         """The parameters of a handle whose gradients DDP averages."""
         return {name: p for name, p in handle.parameters().items() if id(p) in self._averaged}
+
+    def _gradients(self, handle: Handle) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.averaged(handle).items() if p.grad is not None}
 
     # In the backward pass
 
@@ -158,6 +176,9 @@ class Exchange:
         """A backward pass has ended, but for what others do at its end: DDP writes the gradients then."""
         if self._due:
             Variable._execution_engine.queue_callback(self.settle)
+        elif self._views:
+            for handle in self.handles:
+                handle.note_again()
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -180,6 +201,8 @@ class Exchange:
         for handle in handles:
             own = {(slot.name, slot.kind): value for slot, value in found.items() if slot.handle is handle}
             handle.receive(self.ranks, counts[handle], own)
+            if self._moving is not None:
+                self._moving[handle] = {name: sample(gradient) for name, gradient in self._gradients(handle).items()}
 
     def _left(self, handles: Iterable[Handle], found: Collection[Slot]) -> dict[Slot, Tensor]:
         """Sums over examples that have not gone with the gradients."""

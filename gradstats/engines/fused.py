@@ -301,6 +301,10 @@ class FusedHandle(Handle):
                 own = {kind: value for (owner, kind), value in found.items() if owner == name}
                 self.accounts[name].receive(ranks, counts.elsewhere(counted), own, generation)
 
+    def note_again(self) -> None:
+        for account in self.accounts.values():
+            account.note_again()
+
     # Reading
 
     def read(self, statistic: Wanted) -> ByParameter:

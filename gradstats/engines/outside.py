@@ -117,6 +117,20 @@ class OutsideHandle(Handle):
         left = self.left(name)
         return left is not None and untouched(self.parameters()[name].grad, left.state)
 
+    def begins(self, name: str) -> bool:
+        """Of a gradient that arrives, the same."""
+        looked = self._looked_at(name)
+        return self.fresh(name) if looked is None else looked.zeroed
+
+    def changed(self, name: str) -> bool:
+        """Whether the gradient that it is added to is not as the last backward pass left it."""
+        looked = self._looked_at(name)
+        return not self.untouched(name) if looked is None else looked.unseen
+
+    def _looked_at(self, name: str) -> Sums | None:
+        """What `begin_pass` has found: since then, what arrived for others may have left its mark."""
+        return None if self.exchange is None else self._sums.get(name)
+
     def of_one(self, name: str, gradient: Tensor) -> Reduction:
         """A gradient, and its raw sums as if it were the contribution of one example."""
         contribution = Dense(gradient.unsqueeze(0))
@@ -243,6 +257,12 @@ class OutsideHandle(Handle):
             own.left = self.note_average(p, begins=own.left is None)
         self._elsewhere += counts.elsewhere(counts.examples)
         self._told = self._count
+
+    def note_again(self) -> None:
+        for name, own in self._sums.items():
+            grad = self.parameters()[name].grad
+            if grad is not None and own.left is not None and not own.unseen:
+                own.left = self.note(grad)
 
     def left(self, name: str) -> Left | None:
         return self._sums[name].left if name in self._sums else None

@@ -117,9 +117,9 @@ class Passes:
             current.arrived[name] = current.arrived[name] + gradient
             return
         current.arrived[name] = gradient
-        if self.handle.fresh(name):
+        if self.handle.begins(name):
             current.began.add(name)
-        elif not self.handle.untouched(name):
+        elif self.handle.changed(name):
             current.changed.add(name)
 
     def _end(self, current: Pass, task: int) -> None:

@@ -142,17 +142,17 @@ def test_reading_does_not_communicate(two):
     two(one_rank_reads)
 
 
-def accumulated(syncs, hook=False):
+def accumulated(syncs, hook=False, set_to_none=True, options=None):
     """Four micro-batches, and which of them average gradients: whatever was averaged before must not be again."""
     model, x, y = problem()
-    ddp = ddp_of(model)
+    ddp = ddp_of(model, **(options or {}))
     if hook:
         ddp.register_comm_hook(None, allreduce_hook)
     stats = gradstats.attach(ddp, *STATISTICS)
     alone, *_ = problem()
     expected = gradstats.attach(alone, *STATISTICS)
     for _ in range(2):
-        ddp.zero_grad()
+        ddp.zero_grad(set_to_none)
         alone.zero_grad()
         order = []
         for i, sync in enumerate(syncs):
@@ -178,6 +178,33 @@ def test_accumulation(two, syncs):
 
 def test_accumulation_beside_the_users_hook(two):
     two(accumulated, (False, True, False, True), True)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("syncs", [(False, False, True), (True, False, False, True)])
+def test_accumulation_in_views_of_a_bucket(two, syncs, hook):
+    """Which share one version: what changes one gradient in place leaves its mark on all of them."""
+    two(accumulated, syncs, hook, False, {"gradient_as_bucket_view": True})
+
+
+def changed_in_views(syncs):
+    """By hand between two backward passes; after the first that averages them, DDP moves gradients."""
+    model, x, y = problem()
+    ddp = ddp_of(model, gradient_as_bucket_view=True)
+    stats = gradstats.attach(ddp, *STATISTICS)
+    for i, sync in enumerate(syncs):
+        if i == 1:
+            for p in model.parameters():
+                p.grad.mul_(0.5)
+        with nullcontext() if sync else ddp.no_sync():
+            loss_of(ddp(share(x[:8])), share(y[:8])).backward()
+    with pytest.raises(LifetimeError, match="was changed between two backward passes"):
+        stats.second_moment["0.weight"]
+
+
+@pytest.mark.parametrize("syncs", [(True, True), (False, True)])
+def test_a_gradient_that_was_changed_in_a_bucket(two, syncs):
+    two(changed_in_views, syncs)
 
 
 def unshared():

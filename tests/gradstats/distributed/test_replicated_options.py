@@ -156,18 +156,18 @@ def test_opacus_is_refused(two):
 # The rank as micro-batch
 
 
-def rank_as_microbatch(granularity, passes, hook, each=False):
+def rank_as_microbatch(granularity, passes, hook, each=False, views=False):
     """The gradients of ranks are those of micro-batches of one process, whatever their order."""
     model, x, y = problem()
     alone, *_ = problem()
     options = {"granularity": granularity} | ({"microbatch_size": 4} if granularity == "microbatch" else {})
     menu = ("second_moment", "variance", "noise_scale") + (("norms", "max_abs") if granularity == "microbatch" else ())
-    ddp = ddp_of(model)
+    ddp = ddp_of(model, gradient_as_bucket_view=views)
     if hook:
         ddp.register_comm_hook(None, allreduce_hook)
     stats, expected = (gradstats.attach(m, *menu, engine="microbatch", **options) for m in (ddp, alone))
     for _ in range(2):
-        ddp.zero_grad()
+        ddp.zero_grad(set_to_none=not views)
         alone.zero_grad()
         for i in range(passes):
             rows = torch.arange(8 * i, 8 * i + 8)
@@ -189,6 +189,12 @@ def test_the_rank_as_micro_batch(two, granularity, passes, hook):
 
 def test_micro_batches_are_counted_once(two):
     two(rank_as_microbatch, "example", 3, False, True)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("hook", [False, True])
+def test_micro_batches_in_views_of_a_bucket(two, hook, each):
+    two(rank_as_microbatch, "example", 3, hook, each, True)
 
 
 def unshared():
