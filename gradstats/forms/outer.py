@@ -8,11 +8,12 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from gradstats import kernels, native
+from gradstats import kernels
 from gradstats.choice import fastest
 from gradstats.contribution import BLOCK, CACHED, Contribution, tiles
 from gradstats.forms.streamed import Streamed
 from gradstats.matmul import product
+from gradstats.native import outer_sum
 from gradstats.sums import OF_SQUARES, Reduction, wide
 
 # Gram matrices for norms only pay when T^2 (in + out) < GRAM_ADVANTAGE in out: measured crossover near T = 50 on square
@@ -53,11 +54,11 @@ class Outer(Contribution):
 
     def sums(self, names: Collection[str]) -> Reduction:
         d, a = self.d.unsqueeze(1), self.a.unsqueeze(1)
-        if "sum_of_squares" not in names or not OF_SQUARES.issuperset(names) or not native.serves(d, a):
+        if "sum_of_squares" not in names or not OF_SQUARES.issuperset(names) or not outer_sum.serves(d, a):
             return super().sums(names)
         squares = ["sum_of_squares"]
         key = ("Outer", self.dtype, self.statistics_dtype, *self.shape, self.count.bit_length())
-        ways = {"native": partial(native.outer_sum, d, a, squares), "products": partial(super().sums, squares)}
+        ways = {"native": partial(outer_sum.sums, d, a, squares), "products": partial(super().sums, squares)}
         if self.statistics_dtype is not None:
             ways = dict(reversed(ways.items()))  # the error that was asked for, unless being exact is faster
         gradient, found = fastest(key, ways)
@@ -131,8 +132,8 @@ class OuterSum(Streamed):
         """Those worth measuring, the likeliest one first."""
         (n, t, o), i = self.d.shape, self.shape[1]
         ways: dict[str, Callable[[], Reduction]] = {}
-        if native.serves(self.d, self.a):
-            ways["native"] = partial(native.outer_sum, self.d, self.a, names)
+        if outer_sum.serves(self.d, self.a):
+            ways["native"] = partial(outer_sum.sums, self.d, self.a, names)
         if kernels.available(self.d, self.a):
             from gradstats.kernels import linear  # imports Triton
 

@@ -5,64 +5,8 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Collection
-
-import torch
-from torch import Tensor
-
 from gradstats.native.build import library
-from gradstats.sums import Reduction, accumulation_dtype, addressable, present
+
+__all__ = ["enabled", "library"]
 
 enabled = True
-
-KERNELS = {
-    torch.float32: "outer_sum_float32",
-    torch.float64: "outer_sum_float64",
-    torch.bfloat16: "outer_sum_bfloat16",
-}
-
-
-def serves(d: Tensor, a: Tensor) -> bool:
-    """Whether `outer_sum` can be called: plain tensors on the CPU, and a compiler at the first call."""
-    if not enabled or torch.compiler.is_compiling():
-        return False
-    plain = addressable(d, a) and d.device.type == a.device.type == "cpu"
-    return (
-        plain and d.dtype == a.dtype and d.dtype in KERNELS and 0 not in (*d.shape, *a.shape) and library() is not None
-    )
-
-
-def outer_sum(d: Tensor, a: Tensor, names: Collection[str]) -> Reduction:
-    """Of c_b = sum_t d_bt a_bt^T, d (n, t, o) and a (n, t, i): sum_b c_b, and "sum_of_squares" and "squared_norms" as
-    far as `names` has them (one of them at least). Sums are float32, or float64 for float64.
-
-    About the time of the matmul for sum_b c_b alone: c_b stays in registers. The same bit for bit for any number of
-    threads.
-    """
-    kernels = library()
-    assert kernels is not None
-    (n, t, o), i = d.shape, a.shape[2]
-    dtype = accumulation_dtype(d.dtype)
-    sizes, plan = (ctypes.c_int64 * 4)(n, t, o, i), (ctypes.c_int64 * 2)()
-    kernels.outer_sum_plan(sizes, ctypes.c_int64(dtype.itemsize), plan)
-    tasks, scratch = plan
-    threads = min(torch.get_num_threads(), tasks)
-    gradient = torch.empty(o, i, dtype=dtype)
-    squares = torch.empty(o, i, dtype=dtype) if "sum_of_squares" in names else None
-    norms = torch.empty(tasks, n, dtype=dtype) if "squared_norms" in names else None
-    room = torch.empty(threads, scratch, dtype=dtype)
-    getattr(kernels, KERNELS[d.dtype])(
-        *(pointer(d), strides(d), pointer(a), strides(a), sizes),
-        *(pointer(gradient), pointer(squares), pointer(norms), pointer(room), ctypes.c_int(threads)),
-    )
-    norms = norms if norms is None else norms.sum(0)
-    return gradient.to(d.dtype), present({"sum_of_squares": squares, "squared_norms": norms})
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def strides(tensor: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * 3)(*tensor.stride())

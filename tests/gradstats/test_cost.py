@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.benchmarks.meter import Profiled
 from experiments.gpt import GPT
-from gradstats import attach, native
+from gradstats import attach
 from gradstats.choice import unmeasured
 from gradstats.compute import call
 from gradstats.contribution import CACHED
 from gradstats.forms.convolution_weight import ConvolutionWeight, Settings
 from gradstats.forms.outer import OuterSum
+from gradstats.native import outer_sum
 from tests.layers import LAYERS, Row
 
 GPTS = {
@@ -114,10 +115,10 @@ def way_of(name, kind, contribution):
 def test_way(name, kind, monkeypatch):
     make, flops, numbers = WAYS[name, kind]
     contribution = make()
-    if name == "native" and not native.serves(contribution.d, contribution.a):
+    if name == "native" and not outer_sum.serves(contribution.d, contribution.a):
         pytest.skip("no C++ compiler")
     if name != "native":
-        monkeypatch.setattr(native, "serves", lambda d, a: False)
+        monkeypatch.setattr(outer_sum, "serves", lambda d, a: False)
     way = way_of(name, kind, contribution)
     with unmeasured():
         way()  # compiles, and fills what libraries keep
@@ -158,8 +159,8 @@ def test_matmuls_of_a_step(statistics, shape, kernel, expected, monkeypatch):
     plain = flops_of_step(model, x)
     attach(model, *statistics).probe(x)
     if not kernel:
-        monkeypatch.setattr(native, "serves", lambda d, a: False)
-    elif not native.serves(torch.randn(1, 1, 1), torch.randn(1, 1, 1)):
+        monkeypatch.setattr(outer_sum, "serves", lambda d, a: False)
+    elif not outer_sum.serves(torch.randn(1, 1, 1), torch.randn(1, 1, 1)):
         pytest.skip("no C++ compiler")
     with unmeasured():
         assert flops_of_step(model, x) == pytest.approx(expected * plain, rel=0.01)

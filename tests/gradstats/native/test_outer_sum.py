@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gradstats import native
 from gradstats.forms.outer import OuterSum
-from gradstats.native import build
+from gradstats.native import build, outer_sum
 from tests.allocations import LargestAllocation
 
 BOTH = ("sum_of_squares", "squared_norms")
@@ -29,10 +29,10 @@ def operands(n, t, o, i, dtype=torch.float64):
 
 
 def check(d, a, names=BOTH):
-    assert native.serves(d, a)
+    assert outer_sum.serves(d, a)
     c = torch.einsum("nto,nti->noi", d.double(), a.double())
     tolerance = TOLERANCE[d.dtype]
-    gradient, found = native.outer_sum(d, a, names)
+    gradient, found = outer_sum.sums(d, a, names)
     assert gradient.dtype == d.dtype and set(found) == set(names)
     rounded = c.sum(0).to(d.dtype).double()
     torch.testing.assert_close(gradient.double(), rounded, rtol=tolerance, atol=tolerance * float(c.abs().sum(0).max()))
@@ -85,7 +85,7 @@ def test_threads_change_no_bit(sizes):
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        gradient, found = native.outer_sum(d, a, BOTH)
+        gradient, found = outer_sum.sums(d, a, BOTH)
         results.append(torch.cat([gradient.flatten(), *(found[name].flatten() for name in BOTH)]))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -97,7 +97,7 @@ def test_what_is_not_finite_stays_so_and_stays_where_it_is(bad, t):
     d[2, 1, 17] = d[4, 1, 17] = a[6, 0, 33] = bad
     a[4, 1, 3] = 0.0
     c = torch.einsum("nto,nti->noi", d, a)
-    gradient, found = native.outer_sum(d, a, BOTH)
+    gradient, found = outer_sum.sums(d, a, BOTH)
     torch.testing.assert_close(gradient, c.sum(0), rtol=1e-4, atol=1e-4, equal_nan=True)
     for name, value in found.items():
         torch.testing.assert_close(value, DEFINITIONS[name](c), rtol=1e-4, atol=1e-4, equal_nan=True)
@@ -105,21 +105,21 @@ def test_what_is_not_finite_stays_so_and_stays_where_it_is(bad, t):
 
 def test_what_is_left_to_torch():
     d, a = operands(2, 3, 4, 5)
-    assert native.serves(d, a)
-    assert not native.serves(d.half(), a.half())
-    assert not native.serves(d, a.float())
-    assert not native.serves(d.to("meta"), a.to("meta"))
-    assert not native.serves(d[:0], a[:0]) and not native.serves(d[..., :0], a)
-    assert not native.serves(d.as_subclass(type("Own", (torch.Tensor,), {})), a)
+    assert outer_sum.serves(d, a)
+    assert not outer_sum.serves(d.half(), a.half())
+    assert not outer_sum.serves(d, a.float())
+    assert not outer_sum.serves(d.to("meta"), a.to("meta"))
+    assert not outer_sum.serves(d[:0], a[:0]) and not outer_sum.serves(d[..., :0], a)
+    assert not outer_sum.serves(d.as_subclass(type("Own", (torch.Tensor,), {})), a)
     negated = torch.complex(torch.zeros_like(a), a).conj().imag  # whose memory holds a
-    assert not native.serves(d, negated) and not native.serves(negated, d)
-    assert not native.serves(torch._efficientzerotensor(d.shape, dtype=d.dtype), a)
+    assert not outer_sum.serves(d, negated) and not outer_sum.serves(negated, d)
+    assert not outer_sum.serves(torch._efficientzerotensor(d.shape, dtype=d.dtype), a)
 
 
 def test_a_sum_over_many_examples_keeps_its_digits():
     """In one register 0.1 would be added up with an error of 3e-4."""
     d = torch.full((50_000, 1, 4), 0.1)
-    gradient, found = native.outer_sum(d, d, BOTH[:1])
+    gradient, found = outer_sum.sums(d, d, BOTH[:1])
     expected = d[0, 0].double().outer(d[0, 0].double())
     torch.testing.assert_close(gradient.double(), 50_000 * expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(found["sum_of_squares"].double(), 50_000 * expected.square(), rtol=1e-5, atol=0)
@@ -136,5 +136,5 @@ def test_memory_beside_the_results_is_that_of_a_task():
     """Whatever the parameter and the number of examples."""
     d, a = operands(1, 2, 600, 700, torch.float32)
     with LargestAllocation() as largest:
-        native.outer_sum(d.expand(500, 2, 600), a.expand(500, 2, 700), BOTH)
+        outer_sum.sums(d.expand(500, 2, 600), a.expand(500, 2, 700), BOTH)
     assert largest.elements == 600 * 700
