@@ -135,7 +135,7 @@ def attach(
             )
         options["sampling"] = sampling
     handle = ENGINES[engine](
-        model.module if isinstance(model, DistributedDataParallel) else model,
+        without_ddp(model),
         statistics or ("second_moment",),
         loss_reduction,
         ignore=ignore,
@@ -149,6 +149,11 @@ def attach(
     handle.follows_clipping = follow_clipping
     handle.statistics_dtype = statistics_dtype
     return handle
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """What DistributedDataParallel wraps, whose parameters have names without its "module." in front."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def attached(model: nn.Module) -> Handle:

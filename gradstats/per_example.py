@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradstats.arguments import Arguments, ExampleDims
+from gradstats.attach import without_ddp
 from gradstats.compute import LossFunction
 from gradstats.distributed.sharded import is_sharded
 from gradstats.errors import CoverageError, GradstatsError
@@ -34,12 +35,14 @@ def per_example_gradients(
     of its own for every example.
 
     x is a tensor, a tuple of positional arguments or a dict of keyword arguments; tensors in it have the examples in
-    front. Raises: CoverageError for models whose forward couples examples or has no batching rule.
+    front. Of a DistributedDataParallel they are those of this rank's batch, by the names that `attach` has too, of the
+    module inside. Raises: CoverageError for models whose forward couples examples or has no batching rule.
     """
     if loss_reduction not in LOSS_REDUCTIONS:
         raise GradstatsError(f"loss_reduction must be one of {LOSS_REDUCTIONS}, not {loss_reduction!r}")
     if is_sharded(model):
         raise GradstatsError("torch.func does not see sharded parameters: call this before fully_shard")
+    model = without_ddp(model)
     fallback.check(model)
     args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
     arguments = Arguments(args, kwargs, example_dims)

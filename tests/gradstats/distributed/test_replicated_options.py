@@ -266,6 +266,20 @@ def test_compute_is_that_of_all_examples(two):
     two(computed)
 
 
+def one_by_one():
+    model, x, y = problem()
+    ddp, (x, y) = ddp_of(model), (share(x[:8]), share(y[:8]))
+    found = gradstats.per_example_gradients(ddp, loss_of, x, y)
+    with gradstats.attach(ddp) as stats:
+        assert list(found) == list(stats.parameters())
+    alone, *_ = problem()
+    torch.testing.assert_close(found, gradstats.per_example_gradients(alone, loss_of, x, y))
+
+
+def test_per_example_gradients_are_those_of_this_rank_by_the_names_of_statistics(two):
+    two(one_by_one)
+
+
 def random_signs():
     """With all probes, exact on every rank."""
     model, x, y = problem()
