@@ -68,7 +68,8 @@ def places(jobs: list[Job], directory: Path) -> list[Place]:
 
 @dataclass
 class Summary:
-    """What a document quotes of a study: seconds are those of all its jobs together."""
+    """What a document quotes of a study: seconds are those of all its jobs together, of processor time where it was
+    counted."""
 
     title: str
     question: str

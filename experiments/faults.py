@@ -158,7 +158,7 @@ def final(run: Run) -> dict[str, Any]:
     """All that must be the same: nothing of it depends on the clock."""
     state = checkpoint.load(run.directory / checkpoint.FILE, torch.device("cpu"))
     return {
-        "metrics": asdict(replace(Record.load(run.directory / record.FILE), seconds=0.0)),
+        "metrics": asdict(replace(Record.load(run.directory / record.FILE), seconds=0.0, processor_seconds=0.0)),
         "parameters": {name: value.numpy().tobytes() for name, value in state["model"].items()},
         "history": [
             {key: value for key, value in line.items() if not key.startswith("speed/")}

@@ -80,12 +80,12 @@ class Measurement(Job):
 
     def run(self, notify: Notify) -> None:
         torch.set_num_threads(1)
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         found = self.function(**self.coordinates)
-        seconds = time.perf_counter() - started
+        times = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - worked}
         self.directory.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.directory / FILE) as file:
-            file.write(json.dumps({"found": found, "seconds": seconds}).encode())
+            file.write(json.dumps({"found": found} | times).encode())
         notify(1, 1, float("nan"))
 
 
@@ -96,6 +96,12 @@ class Result:
     coordinates: dict[str, Coordinate]
     found: Any
     seconds: float
+    processor_seconds: float | None = None  # None of results from before they were counted
+
+    @property
+    def core_seconds(self) -> float:
+        """What it takes on a machine that does nothing else, as far as that is known."""
+        return self.seconds if self.processor_seconds is None else self.processor_seconds
 
 
 def training(root: Path, config: Config, **coordinates: Coordinate) -> Training:
@@ -121,7 +127,7 @@ def load(directory: Path, coordinates: dict[str, Coordinate]) -> Result:
     """Raises UserError if the job has no result there, or a damaged one."""
     if not (directory / FILE).exists():
         found = Record.load(directory / record.FILE)
-        return Result(coordinates, found, found.seconds)
+        return Result(coordinates, found, found.seconds, found.processor_seconds)
     try:
         return Result(coordinates, **json.loads((directory / FILE).read_text()))
     except (ValueError, TypeError) as error:

@@ -3,7 +3,7 @@
 python -m experiments.list                                     in the terminal, with what outputs/ has
 python -m experiments.list --markdown docs/experiments.md      between the markers of a document, from docs/results/
 
-Times are those of recorded results: the sum of all jobs' over the number of cores.
+Times are those of recorded results: the sum of all jobs' processor time over the number of cores.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ class Record:
     evaluation mode.
 
     lr is the one at the batch size of tuning, before any scaling rule; seconds is the time spent in training,
-    evaluation included; fingerprint identifies everything in the configuration that decides the numbers.
+    evaluation included, and processor_seconds that of all threads of this process, in which what else the machine does
+    hardly shows (None of a run that began before it was counted); fingerprint identifies everything in the
+    configuration that decides the numbers.
     """
 
     method: str
@@ -35,6 +37,7 @@ class Record:
     test_loss: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    processor_seconds: float | None = None
 
     @property
     def final_train_loss(self) -> float:

@@ -58,7 +58,7 @@ def remake(directory: Path, console: Console, output: Path | None = None) -> Sho
         raise UserError(f"{directory}: {error}") from error
     figure = outcome.write_figure(directory)
     light, dark = figure.with_suffix(".svg").read_bytes(), image(outcome.draw(DARK), "svg")
-    seconds = sum({place.directory: r.seconds for place, r in zip(described.jobs, results, strict=True)}.values())
+    seconds = sum({place.directory: r.core_seconds for place, r in zip(described.jobs, results, strict=True)}.values())
     summary = Summary(
         title=studied.title,
         question=studied.question,

@@ -73,7 +73,8 @@ def summary_of(known: dict[str, Recorded | None]) -> str:
     rows = [row(name, found) for name, found in known.items()]
     explanation = (
         "Claims as the sections state them, judged by intervals over seeds. A short form says less than the full one. "
-        f"Times are the sum of all jobs' over {CORES}."
+        f"Times are the sum of all jobs' processor time over {CORES}, of wall-clock time in results from before it was "
+        "counted."
     )
     columns = ["experiment", "claims", "seeds", "form", f"time on {CORES} cores"]
     return markdown(Table("All studies", explanation, columns, rows, emphasised=()))

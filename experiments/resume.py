@@ -45,7 +45,8 @@ def restore(
     if path is None:
         method = config.optimizer
         seed, B = config.seed, config.train.batch_size
-        return Record(method.name, method.label, method.lr, B, seed, fingerprint(config)), None
+        fresh = Record(method.name, method.label, method.lr, B, seed, fingerprint(config), processor_seconds=0.0)
+        return fresh, None
     state = checkpoint.load(path, device)
     if (difference := first_difference(state["identity"], identity(config))) is not None:
         raise UserError(

@@ -111,7 +111,7 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
         summarized(tracker, result, lambda: step_lr(optimizer, config.optimizer, peak_lr, B)),
         History(config, directory, device, sampler.position) if process.first else NoHistory() as history,
     ):
-        started = time.perf_counter() - result.seconds
+        started, worked = time.perf_counter() - result.seconds, time.process_time() - (result.processor_seconds or 0.0)
         for stop in stops:
             start, clock = sampler.position, time.perf_counter()
             losses: list[Tensor] = []  # on the device, which is not waited for before the stop
@@ -144,6 +144,8 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
                 observed += [train_loss, test_loss]
                 latest = train_loss
             result.seconds = time.perf_counter() - started
+            if result.processor_seconds is not None:
+                result.processor_seconds = time.process_time() - worked
 
             if not all(map(math.isfinite, observed)):
                 raise process.decide(diverged, observed[: len(losses)], start, sampler, result, directory)

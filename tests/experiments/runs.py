@@ -23,7 +23,7 @@ METHODS = ["adam", "sgd_linear", "batch_invariant_adam"]
 
 
 def numbers(result: Record) -> dict[str, object]:
-    return dataclasses.asdict(dataclasses.replace(result, seconds=0.0))
+    return dataclasses.asdict(dataclasses.replace(result, seconds=0.0, processor_seconds=0.0))
 
 
 def parameters(directory: Path) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,24 @@ def test_a_measurement_is_found_by_its_function_and_arguments(tmp_path: Path) ->
     assert result.coordinates == {"x": 1} and result.found == {"x": 1, "threads": 1} and result.seconds >= 0
 
 
+def waits(x: int) -> int:
+    time.sleep(0.2)
+    return x
+
+
+def test_waiting_for_a_busy_machine_is_no_computing(tmp_path: Path) -> None:
+    job = measurement(tmp_path, waits, x=1)
+    job.run(silent)
+    result = load(job.directory, job.coordinates)
+    assert result.processor_seconds is not None and 0 <= result.processor_seconds < 0.2 <= result.seconds
+    assert result.core_seconds == result.processor_seconds
+
+
+def test_results_from_before_processor_time_was_counted_have_wall_clock_time(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text('{"found": 1, "seconds": 2.5}')
+    assert load(tmp_path, {"x": 1}).core_seconds == 2.5
+
+
 def test_equal_configurations_share_a_run_and_unequal_ones_do_not(short: Make, tmp_path: Path) -> None:
     base = short()
     one = training(tmp_path, base)
@@ -57,6 +76,7 @@ def test_a_training_job_trains_once_and_loads_its_record(short: Make, tmp_path: 
     result = load(job.directory, job.coordinates)
     assert job.is_finished() and told[-1] == result.found.examples[-1]
     assert result.coordinates == {"method": "mine"} and result.seconds == result.found.seconds > 0
+    assert result.core_seconds == result.found.processor_seconds > 0
 
 
 def test_all_jobs_run_and_none_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

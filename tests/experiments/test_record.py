@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     RECORD.save(tmp_path / "record.json")
     assert Record.load(tmp_path / "record.json") == RECORD
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_record_from_before_processor_time_was_counted(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({k: v for k, v in dataclasses.asdict(RECORD).items() if k != "processor_seconds"}))
+    assert Record.load(path) == RECORD and RECORD.processor_seconds is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"method": "adam"}', '{"colour": 1}'])

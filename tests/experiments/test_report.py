@@ -90,6 +90,15 @@ def test_making_it_again_changes_nothing(directory: Path, outcome: report.Shown)
     assert (directory / "report.html").read_bytes() == before
 
 
+def test_computing_is_processor_time_where_it_was_counted(tmp_path: Path):
+    records = study()
+    for result in records:
+        result.seconds, result.processor_seconds = 100.0, None if result.seed else 2.0
+    counted = sum(not result.seed for result in records)
+    report.remake(write(tmp_path, records), Console(quiet=True))
+    assert report.Summary.load(tmp_path).seconds == 100.0 * (len(records) - counted) + 2.0 * counted
+
+
 def test_the_figure_lies_beside_it(directory: Path, outcome: report.Shown):
     assert outcome.figure.exists() and (directory / "figure.svg").exists()
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import checkpoint, record
+from experiments import checkpoint, record, resume
 from experiments.errors import UserError
 from experiments.record import Record
 from experiments.schemas.run import Config
@@ -56,6 +57,28 @@ def test_statistics_of_a_part_continue_bit_for_bit(part: list[str], short: Compo
     train_until(1600, config, tmp_path / "killed")
     assert numbers(train(config, tmp_path / "killed")) == numbers(whole)
     assert torch.equal(parameters(tmp_path / "killed"), parameters(tmp_path / "whole"))
+
+
+def test_processor_time_adds_up(short: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is read at the beginning, and at every stop."""
+    config = short("optimizer=adam", "resume=true", "train.checkpoint_every_examples=512")
+    ticks = count()
+    monkeypatch.setattr(time, "process_time", lambda: float(next(ticks)))
+    whole = train(config, tmp_path / "whole")
+    train_until(1600, config, tmp_path / "killed")
+    assert train(config, tmp_path / "killed").processor_seconds == whole.processor_seconds
+    assert whole.processor_seconds is not None and whole.processor_seconds >= len(whole.examples) > 1
+
+
+def test_processor_time_of_a_part_is_not_that_of_the_run(
+    short: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = short("optimizer=adam", "resume=true", "train.checkpoint_every_examples=512")
+    with monkeypatch.context() as before:
+        before.setattr(resume, "Record", lambda *given, **_: Record(*given))  # from when it was not counted
+        train_until(1600, config, tmp_path)
+    ended = train(config, tmp_path)
+    assert ended.status == "finished" and ended.processor_seconds is None and ended.seconds > 0
 
 
 def test_a_directory_with_a_run_is_neither_overwritten_nor_mixed(short: Compose, tmp_path: Path) -> None:
