@@ -57,7 +57,7 @@ def along(
     sampler = Sampler(len(data.train), batch_size, seed, torch.device("cpu"))
     for count in counts:
         for indices in sampler.until(count):
-            backward(model, data.train.x[indices], data.train.y[indices])
+            backward(model, *data.train.take(indices))
             if each is not None and statistics is not None:
                 each(statistics)
             built.param_groups[0]["lr"] = peak * schedule.mean(sampler.position - batch_size, sampler.position)

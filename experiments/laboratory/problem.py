@@ -63,15 +63,20 @@ def initial(config: ModelConfig, data: Dataset, seed: int) -> nn.Module:
     return build_model(config, data.shape, data.classes, data.discrete)
 
 
+def mean_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Over the targets (nats), of which an example has one or, in a sequence, one a position."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten())
+
+
 def backward(model: nn.Module, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
     """Leaves in .grad the gradient of the mean loss of these examples, times the scale."""
     model.zero_grad()
-    (scale * F.cross_entropy(model(x), y)).backward()
+    (scale * mean_loss(model(x), y)).backward()
 
 
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits (N, classes), in evaluation mode; the model is left in the mode it was in."""
+    """Logits (N, classes) or (N, T, classes), in evaluation mode; the model is left in the mode it was in."""
     training = model.training
     found: Tensor = model.eval()(x)
     model.train(training)
@@ -79,5 +84,5 @@ def predictions(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def loss_of(model: nn.Module, split: Split) -> float:
-    """Mean over the examples (nats), in evaluation mode."""
-    return F.cross_entropy(predictions(model, split.x), split.y).item()
+    """Mean over the targets (nats), in evaluation mode."""
+    return mean_loss(predictions(model, split.x), split.y).item()

@@ -270,9 +270,14 @@ class AdamNoiseScaleConfig(FollowedContestConfig):
 
 @dataclass
 class LargestBatchConfig(ContestConfig):
-    """looks: points of the tuned runs, log-spaced, at which curvature, noise and drift are measured."""
+    """broken: where invariance ends, of the loss at the smallest batch size. judged_batch_size: at which claims are
+    about the loss there. looks: points of the tuned runs, log-spaced, at which curvature, noise and drift are measured,
+    over a sample of so many examples of the training set, evenly over it, or all of it."""
 
+    broken: float = MISSING
+    judged_batch_size: int = MISSING
     looks: int = MISSING
+    sample: int | None = None
 
 
 @dataclass

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from experiments.contest.figure import MARKERS, colours
 from experiments.drawing import across_batch_sizes, bars, headroom, logarithmic
-from experiments.laboratory.largest_batch.analysis import BROKEN, Analysis
+from experiments.laboratory.largest_batch.analysis import Analysis
 from experiments.laboratory.largest_batch.findings import BATCHES, PLAIN, measured
 from experiments.laboratory.largest_batch.predictors import PREDICTORS
 from experiments.themes import Theme, canvas, plain_log_ticks
@@ -20,10 +20,9 @@ from experiments.themes import Theme, canvas, plain_log_ticks
 def caption(found: Analysis) -> str:
     return (
         f"Left: final training loss over that at B = {found.home}, with the learning rate tuned there; invariance ends "
-        f"at the dashed line, {BROKEN:g} times. Middle: the batch size where it ends, and what each predictor says of "
-        f"it, in the same colours; an arrow marks what ends beyond B = {found.sizes[-1]}. Right: the predictors along "
-        f"the run of {BATCHES}; "
-        "the band is where invariance ends. Geometric means over "
+        f"at the dashed line, {found.settings.broken:g} times. Middle: the batch size where it ends, and what each "
+        f"predictor says of it, in the same colours; an arrow marks what ends beyond B = {found.sizes[-1]}. Right: the "
+        f"predictors along the run of {BATCHES}; the band is where invariance ends. Geometric means over "
         f"{len(found.settings.seeds)} seeds; bars and band are 95% intervals."
     )
 
@@ -52,7 +51,7 @@ def _loss(axes: Axes, found: Analysis, theme: Theme) -> None:
         axes.errorbar(
             shifted, values, bars(ratios), color=colour[label], marker=marker, ms=4, lw=1.3, capsize=2, label=label
         )
-    axes.axhline(BROKEN, color=theme.faint, lw=1, linestyle="--")
+    axes.axhline(found.settings.broken, color=theme.faint, lw=1, linestyle="--")
     logarithmic(axes, "", f"training loss / that at B = {found.home}", "Loss with the lr tuned once")
     headroom(axes, 0.45)
     across_batch_sizes(axes, found.sizes)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from experiments.estimate import Estimate, Finding, Verdict, notes
-from experiments.laboratory.largest_batch.analysis import BROKEN, Analysis
+from experiments.estimate import Estimate, Finding, Verdict, listed, notes
+from experiments.laboratory.largest_batch.analysis import Analysis
 from experiments.laboratory.largest_batch.predictors import (
     DRIFT,
     DRIFT_IN_UNITS,
@@ -21,14 +21,9 @@ from experiments.laboratory.verdicts import both, within
 
 EXAMPLES, BATCHES, SHORT = "R = 1", "R = 16", "R = 16, short momentum"
 PLAIN = (EXAMPLES, BATCHES, SHORT)
-SATURATING = {
-    "saturating, model": "the noise scale of the model",
-    "saturating, 8 x model": "8 times the noise scale of the model",
-    "saturating, layer": "the noise scale of each layer",
-    "saturating, coordinate": "the noise scale of each coordinate",
-}
 FACTOR = 2.0  # within which a prediction is right
 PRICE = 1.05  # of a loss, above which a method is worse
+CLOSE = 0.25  # to a slope
 
 SAID = {
     HORIZON: "the horizon of the momentum, beyond which nothing is averaged",
@@ -43,17 +38,16 @@ SAID = {
 def findings(found: Analysis) -> list[Finding]:
     return [
         *(_predicts(found, predictor) for predictor in PREDICTORS),
-        _step(found),
+        *_step(found),
         _statistic(found),
-        *(_pushes(found, label) for label in SATURATING),
-        *(_price(found, label) for label in SATURATING),
+        *(claim(found, label) for claim in (_pushes, _large, _best, _price, _small) for label in found.saturating),
         *notes([_nearest(found), _over_time(found), _kept(found)]),
     ]
 
 
-def measured(found: Analysis, label: str, below: int = 0) -> str:
+def measured(found: Analysis, label: str) -> str:
     largest = found.sizes[-1]
-    return f"beyond {largest}" if found.beyond(label, below) else f"{found.breakdown(label, below)}"
+    return f"beyond {largest}" if found.beyond(label) else f"{found.breakdown(label)}"
 
 
 def _predicts(found: Analysis, predictor: str) -> Finding:
@@ -83,20 +77,30 @@ def _all(verdicts: Iterable[Verdict]) -> Verdict:
     return found
 
 
-def _step(found: Analysis) -> Finding:
-    ratios = {label: found.earlier(label, label, below=1) for label in PLAIN}
-    told = "; ".join(
-        f"{label}: {measured(found, label)} against {measured(found, label, 1)}, a ratio of {ratio}"
-        for label, ratio in ratios.items()
-    )
-    verdicts: list[Verdict] = [
-        "cannot be judged" if found.beyond(label) else ratio.verdict(1) for label, ratio in ratios.items()
+def _step(found: Analysis) -> list[Finding]:
+    """From all learning rates: if B lr0 decides, ln B where invariance ends falls with ln(lr0) by a slope of -1."""
+    seen = {label: found.ends_within(label) for label in PLAIN}
+    judged = [label for label, belows in seen.items() if len(belows) > 1]
+
+    def ends(label: str) -> str:
+        told = [f"{found.breakdown(label, below).text()} at {found.lr(label, below):.2g}" for below in seen[label]]
+        return f"{label}: {found.slope([label])}, with B and lr of {', '.join(told) or 'none'}"
+
+    slope = found.slope(judged) if judged else Estimate(np.nan, np.nan, np.nan)
+    return [
+        Finding(
+            "It is the step that ends invariance: the batch size B where it ends falls with the learning rate",
+            slope.verdict(0),
+            f"Slope of ln(B) along ln(lr), a mean of {len(judged)} methods: {slope}. The limit of a statistic, or of a "
+            f"horizon, knows no learning rate: a slope of 0. {'; '.join(map(ends, seen))}.",
+        ),
+        Finding(
+            f"It is B times the learning rate that does: ln(B) falls along ln(lr) by a slope of -1, within {CLOSE:g}",
+            within(slope, -1 - CLOSE, -1 + CLOSE),
+            f"It is {slope}. At the edge of stability, with B well below the horizon of the momentum and with the same "
+            "curvature, it would be -1/2: there B^2 lr decides.",
+        ),
     ]
-    return Finding(
-        "It is the step that ends invariance: with half the tuned learning rate it lasts to larger batches",
-        _all(verdicts),
-        f"With the tuned learning rate it ends at, against half of that: {told}.",
-    )
 
 
 def _statistic(found: Analysis) -> Finding:
@@ -113,7 +117,7 @@ def _statistic(found: Analysis) -> Finding:
 def _pushes(found: Analysis, label: str) -> Finding:
     ratio = found.earlier(BATCHES, label)
     return Finding(
-        f"A step that saturates at {SATURATING[label]} is invariant to larger batches",
+        f"A step that saturates at {found.saturating[label]} is invariant to larger batches",
         "cannot be judged" if found.beyond(BATCHES) else ratio.verdict(1),
         f"Invariance ends at {measured(found, label)} with it and at {measured(found, BATCHES)} without, which is "
         f"{ratio} of that. At B = {found.sizes[-1]} the loss is {found.broken(label, -1)} times that at "
@@ -121,14 +125,46 @@ def _pushes(found: Analysis, label: str) -> Finding:
     )
 
 
+def _large(found: Analysis, label: str) -> Finding:
+    B = found.settings.judged_batch_size
+    ratio = found.ratio_tuned_once(label, BATCHES, B)
+    return Finding(
+        f"Saturating at {found.saturating[label]} lowers the loss at B = {B}, with the learning rate tuned at "
+        f"B = {found.home}",
+        ratio.verdict(1),
+        f"Training loss {found.tuned_once(label, B)} against {found.tuned_once(BATCHES, B)}, a ratio of {ratio}.",
+    )
+
+
+def _best(found: Analysis, label: str) -> Finding:
+    ratio = found.best_ratio(label, BATCHES)
+    return Finding(
+        f"Saturating at {found.saturating[label]} lowers the best loss over learning rates and batch sizes",
+        ratio.verdict(1),
+        f"Training loss {found.best_loss(label)} at B = {found.best_size(label)} against {found.best_loss(BATCHES)} at "
+        f"B = {found.best_size(BATCHES)}, a ratio of {ratio}.",
+    )
+
+
 def _price(found: Analysis, label: str) -> Finding:
     ratio = found.ratio(label, BATCHES, found.home)
     return Finding(
-        f"Saturating at {SATURATING[label]} costs nothing at B = {found.home}: the loss is at most {PRICE:g} times "
-        "that of the whole step",
+        f"Saturating at {found.saturating[label]} costs nothing at B = {found.home}: the loss is at most {PRICE:g} "
+        "times that of the whole step",
         ratio.verdict(PRICE),
-        f"Training loss {found.loss(label, found.home)} against {found.loss(BATCHES, found.home)}, a ratio of {ratio}, "
-        "each at its tuned learning rate.",
+        f"{found.compared(label, BATCHES, found.home)}, each at its tuned learning rate.",
+    )
+
+
+def _small(found: Analysis, label: str) -> Finding:
+    ratio = found.score_ratio(BATCHES, label)
+    return Finding(
+        f"Saturating at {found.saturating[label]} is paid for in invariance at small batches: curves of B in "
+        f"{listed(found.small())} are further apart",
+        ratio.verdict(1),
+        f"The standard deviation of ln(training loss) over these batch sizes is {found.score(label)} with it and "
+        f"{found.score(BATCHES)} without, which is {ratio} of that, where losses at B = {found.home} are "
+        f"{found.loss(label, found.home)} and {found.loss(BATCHES, found.home)}.",
     )
 
 
@@ -148,9 +184,10 @@ def _nearest(found: Analysis) -> str:
         return ", ".join(f"{predictor} by a factor of {distance(predictor):.2g}" for predictor in ranked)
 
     return (
-        f"Distances of predictions from what is measured, the smallest batch size with {BROKEN:g} times the loss, or "
-        f"the largest there is: {distances(averaged=False)}; geometric means over {len(PLAIN)} methods. With the mean "
-        f"over the looks at a run, in place of the look where a prediction is smallest: {distances(averaged=True)}."
+        f"Distances of predictions from what is measured, the smallest batch size with {found.settings.broken:g} times "
+        f"the loss, or the largest there is: {distances(averaged=False)}; geometric means over {len(PLAIN)} methods. "
+        "With the mean over the looks at a run, in place of the look where a prediction is smallest: "
+        f"{distances(averaged=True)}."
     )
 
 

@@ -16,9 +16,9 @@ from experiments.estimate import Finding
 from experiments.jobs import Job, Result
 from experiments.laboratory.largest_batch.analysis import Analysis, analyse
 from experiments.laboratory.largest_batch.figure import alternative, caption, draw
-from experiments.laboratory.largest_batch.findings import PLAIN, SATURATING, findings
+from experiments.laboratory.largest_batch.findings import PLAIN, findings
 from experiments.laboratory.largest_batch.look import look
-from experiments.laboratory.largest_batch.tables import OWN_TERMS, own_tables
+from experiments.laboratory.largest_batch.tables import own_tables, own_terms
 from experiments.laboratory.problem import problem_of
 from experiments.laboratory.schemas import LargestBatchConfig
 from experiments.laboratory.terms import DIVERGED, intervals
@@ -36,7 +36,7 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
     )
 
     def required(self) -> Sequence[str]:
-        return (*PLAIN, *SATURATING)
+        return PLAIN
 
     def check(self) -> None:
         super().check()
@@ -45,6 +45,10 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
             raise UserError(f"study.contestants: {', '.join(strange)} must be kinds of BatchInvariantAdam")
         if len(self.settings.batch_sizes) < 2 or self.settings.looks < 1:
             raise UserError("study.batch_sizes must be two or more, and study.looks 1 or more")
+        if self.settings.judged_batch_size not in self.settings.batch_sizes:
+            raise UserError(
+                f"study.judged_batch_size={self.settings.judged_batch_size} is none of {self.settings.batch_sizes}"
+            )
 
     def jobs(self, config: Config, known: Sequence[Result]) -> list[Job]:
         check_followed(config)
@@ -93,6 +97,7 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
                 examples=examples_of(config, home),
                 looks=s.looks,
                 longest=max(s.batch_sizes),
+                sample=s.sample,
                 seed=seed,
             )
             for seed in s.seeds
@@ -111,7 +116,7 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
             draw=lambda theme: draw(found, theme),
             caption=caption(found),
             alternative=alternative(found),
-            terms=OWN_TERMS | TERMS | intervals(len(self.settings.seeds)) | DIVERGED,
+            terms=own_terms(self.settings) | TERMS | intervals(len(self.settings.seeds)) | DIVERGED,
         )
 
 

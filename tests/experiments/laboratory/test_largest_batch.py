@@ -11,28 +11,35 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments import laboratory
 from experiments.config import compose_config
 from experiments.data import Split
 from experiments.errors import UserError
 from experiments.estimate import Finding
+from experiments.gpt import GPT
 from experiments.jobs import Measurement, Result, Training
-from experiments.laboratory.largest_batch.analysis import BROKEN, log_crossing
+from experiments.laboratory.along import along, looked_at
+from experiments.laboratory.largest_batch.analysis import log_crossing, saturates_at
 from experiments.laboratory.largest_batch.findings import BATCHES, EXAMPLES, PLAIN, SHORT
-from experiments.laboratory.largest_batch.look import lengths_of, look, sharpness, starts_of, variance
+from experiments.laboratory.largest_batch.look import lengths_of, look, starts_of
+from experiments.laboratory.largest_batch.population import gradient, hessian, sharpness, variance
 from experiments.laboratory.largest_batch.predictors import DRIFT, EDGE, FARTHEST, HORIZON, NOISE, Tuned, predictions
 from experiments.laboratory.largest_batch.study import LargestBatch
-from experiments.laboratory.problem import problem_of
+from experiments.laboratory.problem import composed, problem_of
+from experiments.laboratory.schemas import LargestBatchConfig
 from experiments.launch import run_study
 from experiments.report import Summary
+from experiments.schemas.optimizer import SaturatingAdamConfig
 from experiments.themes import DARK, LIGHT, image
-from gradstats import per_example_gradients
 from tests.experiments.contests import results, settings
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
-NAME = "largest_batch"
+SMALL = ["model.width=8", "model.layers=1", "model.heads=2"]
+NAME, ON_GPT = "largest_batch", "largest_batch_gpt"
 
 
 def at(B: float, of: Tuned, seed: int) -> dict[str, Any]:
@@ -43,21 +50,22 @@ def at(B: float, of: Tuned, seed: int) -> dict[str, Any]:
     return {"examples": 1024, "lengths": lengths, "sharpness": of.stability(B), "plain": noise, "scaled": noise}
 
 
-def findings(ends: Callable[[str], float], said: float, below: float = 2.0, price: float = 1.0) -> list[Finding]:
-    """Losses grow as a power of B to BROKEN at `ends`, and at `below` times that with half the learning rate."""
-    study = settings(NAME)
-
-    def loss(label: str, B: int) -> float:
-        return 0.1 * (1 if label in PLAIN else price) * BROKEN ** log_share(B, ends(label))
-
-    made = results(study, loss, noise=1e-4)
+def findings(
+    ends: Callable[[str], float], said: float, slope: float = -1.0, price: float = 1.0, name: str = NAME
+) -> list[Finding]:
+    """Losses grow as a power of B to where they are broken at `ends`, or a power of the learning rate times that."""
+    study = settings(name)
+    assert isinstance(study, LargestBatchConfig)
+    made = results(study, lambda label, B: 0.1, noise=1e-4)
     optimizers = {label: one.optimizer for label, one in LargestBatch(study).contestants().items()}
     for result in made:
         label, octave, B = (result.coordinates[key] for key in ("contestant", "octave", "batch_size"))
-        result.found.lr = optimizers[str(label)].lr * 2.0 ** float(octave or 0)
-        if octave == -1.0:
-            last = 0.13 * BROKEN ** log_share(float(B or 0), below * ends(str(label)))
-            result.found.train_loss = [2.0, *result.found.train_loss[1:-1], last]
+        assert isinstance(label, str) and isinstance(octave, float) and isinstance(B, int)
+        result.found.lr = optimizers[label].lr * 2.0**octave
+        broken = study.broken ** log_share(B, ends(label) * 2.0 ** (slope * octave))
+        # No loss counts for more than the first.
+        later = [(1 if label in PLAIN else price) * broken * loss for loss in result.found.train_loss[1:]]
+        result.found.train_loss = [20.0, *later]
     for label in PLAIN:
         overrides = shlex.join(study.contestants[label])
         tuned = Tuned.of(optimizers[label])  # type: ignore[arg-type]
@@ -70,32 +78,56 @@ def findings(ends: Callable[[str], float], said: float, below: float = 2.0, pric
 
 
 def log_share(B: float, end: float) -> float:
+    """Where B is on the way from 16 to the end, in logarithms."""
     return math.log(B / 16) / math.log(end / 16)
 
 
-def test_findings_come_out_both_ways():
-    good = findings(lambda label: 128 if label in PLAIN else 512, said=128)
+@pytest.mark.parametrize("name", [NAME, ON_GPT])
+def test_findings_come_out_both_ways(name: str):
+    good = findings(lambda label: 128 if label in PLAIN else 512, said=128, price=0.9, name=name)
+    saturating = len(settings(name).contestants) - len(PLAIN)
     # The horizon is that of the configuration: 1,592 and 152 examples, of which one is right.
-    assert [finding.verdict for finding in good] == ["does not hold"] + ["holds"] * 15
-    assert "R = 16: 128 [128, 128] against 128 [128, 128], a ratio of 1.00" in good[1].sentence
-    bad = findings(lambda label: {EXAMPLES: 700, BATCHES: 128, SHORT: 128}.get(label, 64), 16.5, below=0.4, price=1.3)
-    assert {finding.verdict for finding in bad[1:]} == {"does not hold"}
-    assert "a ratio of 1.3" in bad[-1].sentence
+    expected = ["does not hold"] + ["holds"] * (8 + 4 * saturating) + ["does not hold"] * saturating
+    assert [finding.verdict for finding in good] == expected
+    assert "R = 16: 128 [128, 128] against 128 [" in good[1].sentence
+    assert "mean of 3 methods: -" in good[6].sentence and "slope of -1, within" in good[7].bar
+    lr = 4e-3 if name == ON_GPT else 8e-3
+    assert f"256 at {lr / 2:g}, 128 at {lr:g}, 64.0 at {2 * lr:g}, 32.0 at {4 * lr:g}" in good[6].sentence
+    ends = {EXAMPLES: 700, BATCHES: 128, SHORT: 128}
+    bad = findings(lambda label: ends.get(label, 70), 16.5, slope=0.5, price=1.3, name=name)
+    assert {finding.verdict for finding in bad[1:-saturating]} == {"does not hold"}
+    assert {finding.verdict for finding in bad[-saturating:]} == {"holds"}
+    assert "a ratio of 1.3" in bad[-saturating - 1].sentence
+
+
+def test_another_slope_is_of_the_step_but_not_in_proportion():
+    found = findings(lambda label: 128, said=128, slope=-0.5)
+    assert [finding.verdict for finding in found[6:8]] == ["holds", "does not hold"]
 
 
 def test_what_does_not_end_within_the_batch_sizes_is_not_judged():
     unknown = findings(lambda label: 1e12, said=1024)
-    assert {finding.verdict for finding in unknown[1:12]} == {"cannot be judged"}
-    assert "beyond 1024" in unknown[0].sentence
+    assert {finding.verdict for finding in unknown[1:13]} == {"cannot be judged"}
+    assert "beyond 1024" in unknown[0].sentence and "R = 16: –, with B and lr of none" in unknown[6].sentence
     early = findings(lambda label: 1e12, said=64)
     assert [finding.verdict for finding in early[1:6]] == ["does not hold"] * 5
 
 
 def test_where_curves_cross():
-    limit = math.log(BROKEN)
-    assert log_crossing([16, 64, 256], np.array([0, limit / 2, 3 * limit / 2])) == pytest.approx(math.log(128))
-    assert log_crossing([16, 64, 256], np.array([0, 2 * limit, 0])) == pytest.approx(math.log(32))
-    assert log_crossing([16, 64], np.array([0, limit / 2])) == math.log(64)
+    limit = math.log(1.25)
+    assert log_crossing([16, 64, 256], np.array([0, limit / 2, 3 * limit / 2]), limit) == pytest.approx(math.log(128))
+    assert log_crossing([16, 64, 256], np.array([0, 2 * limit, 0]), limit) == pytest.approx(math.log(32))
+    assert log_crossing([16, 64], np.array([0, limit / 2]), limit) == math.log(64)
+
+
+def test_what_a_step_saturates_at():
+    def told(name: str) -> list[str]:
+        optimizers = [one.optimizer for one in LargestBatch(settings(name)).contestants().values()]
+        return [saturates_at(optimizer) for optimizer in optimizers if isinstance(optimizer, SaturatingAdamConfig)]
+
+    extents = ("the model", "each layer", "each coordinate")
+    assert told(ON_GPT) == [f"4 times the noise scale of {extent}" for extent in extents]
+    assert told(NAME)[:2] == ["the noise scale of the model", "8 times the noise scale of the model"]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.99])
@@ -130,44 +162,96 @@ def test_predictions_meet():
     assert found[HORIZON] == tuned.horizon
 
 
-def test_sharpness_is_that_of_the_whole_hessian():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
-    split = Split(torch.randn(20, 3).double(), torch.randint(2, (20,)))
-    parameters = dict(model.named_parameters())
-    scale = torch.rand(sum(p.numel() for p in parameters.values())).double() + 0.1
+def mlp() -> tuple[nn.Module, Split]:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    return model, Split(torch.randn(20, 3).double(), torch.randint(2, (20,)))
 
-    def loss(vector: torch.Tensor) -> torch.Tensor:
-        parts = vector.split([p.numel() for p in parameters.values()])
-        named = {name: part.view_as(p) for (name, p), part in zip(parameters.items(), parts, strict=True)}
-        return F.cross_entropy(torch.func.functional_call(model, named, split.x), split.y)
 
-    at_parameters = torch.cat([p.detach().flatten() for p in parameters.values()])
-    hessian = torch.autograd.functional.hessian(loss, at_parameters)
-    expected = torch.linalg.eigvals(hessian / scale[:, None]).real.max().item()
+def gpt() -> tuple[nn.Module, Split]:
+    """Sequences that repeat few words, so that their positions' gradients are correlated."""
+    tokens = torch.randint(5, (20, 1)) // torch.tensor([1, 2, 1, 3])
+    return GPT(words=5, width=4, layers=1, heads=2, positions=3).double(), Split(tokens[:, :-1], tokens[:, 1:])
+
+
+def each_alone(model: nn.Module, split: Split) -> Tensor:
+    """Gradients of single examples' mean losses, (examples, elements)."""
+    found = []
+    for x, y in zip(split.x.split(1), split.y.split(1), strict=True):
+        logits = model(x)
+        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), y.reshape(-1))
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    return torch.stack(found).double()
+
+
+@pytest.mark.parametrize("problem", [mlp, gpt])
+def test_gradient_and_variance_are_those_of_single_examples(problem: Callable[[], tuple[nn.Module, Split]]):
+    model, split = problem()
+    each = each_alone(model, split)
+    torch.testing.assert_close(gradient(model, split), each.mean(0))
+    torch.testing.assert_close(variance(model, split), each.var(0))
+
+
+@pytest.mark.parametrize("problem", [mlp, gpt])
+def test_curvature_is_that_of_the_whole_hessian(problem: Callable[[], tuple[nn.Module, Split]]):
+    model, split = problem()
+    names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()), strict=True)
+    sizes = [shape.numel() for shape in shapes]
+
+    def loss(vector: Tensor) -> Tensor:
+        named = dict(zip(names, map(Tensor.view, vector.split(sizes), shapes), strict=True))
+        logits = torch.func.functional_call(model, named, split.x)
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), split.y.reshape(-1))
+
+    at_parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
+    with sdpa_kernel(SDPBackend.MATH):
+        whole = torch.autograd.functional.hessian(loss, at_parameters)
+    direction = torch.randn(sum(sizes)).double()
+    torch.testing.assert_close(hessian(model, split)(direction), whole @ direction)
+    scale = torch.rand(sum(sizes)).double() + 0.1
+    expected = torch.linalg.eigvals(whole / scale[:, None]).real.max().item()
     assert sharpness(model, split, scale) == pytest.approx(expected, rel=1e-2)
-
-
-def test_variance_is_that_of_per_example_gradients():
-    model = torch.nn.Linear(3, 2)
-    split = Split(torch.randn(20, 3), torch.randint(2, (20,)))
-    each = per_example_gradients(model, F.cross_entropy, split.x, split.y)
-    expected = torch.cat([each[name].var(dim=0).flatten() for name, _ in model.named_parameters()])
-    torch.testing.assert_close(variance(model, split).float(), expected)
+    # An element of infinite scale is left out.
+    scale[: sizes[0]] = torch.inf
+    kept = torch.linalg.eigvals(whole[sizes[0] :, sizes[0] :] / scale[sizes[0] :, None]).real.max().item()
+    assert sharpness(model, split, scale) == pytest.approx(kept, rel=1e-2)
 
 
 def test_looks_are_whole_batches_within_the_run():
     assert lengths_of(16, 1024) == [16, 32, 64, 128, 256, 512, 1024]
-    starts = starts_of(11264, 3, 1024, 16)
+    starts = starts_of(11264, 3, 1024, 16, warmup=1024)
     assert starts[0] == 1120 and starts[-1] == 11264 - 1024 and len(starts) == 3
-    assert starts_of(64, 2, 128, 16) == [16]
+    assert starts_of(11264, 3, 1024, 16, warmup=2048)[0] == 2048
+    assert starts_of(64, 2, 128, 16, warmup=0) == [16]
 
 
 def test_a_look_at_a_short_run():
     problem = problem_of(compose_config(["model.dropout=0", "model.widths=[8]"]))
-    (found,) = look(problem, "optimizer=batch_invariant_adam", 8e-3, 16, 16, 256, 1, 32, 0)
+    (found,) = look(problem, "optimizer=batch_invariant_adam", 8e-3, 16, 16, 256, 1, 32, None, 0)
     assert found["lengths"] == [16, 32] and len(found["plain"]["drift"]) == 2
     assert found["sharpness"] > 0 and found["plain"]["trace"] > 0
     assert 0 < found["plain"]["drift"][0] < found["plain"]["drift"][1]
+
+
+def test_a_look_at_a_sample_of_sequences():
+    tiny = ["data.limit=100", "data.context=8", *SMALL]
+    problem, overrides = shlex.join(["data=topics", "model=gpt", *tiny]), "optimizer=batch_invariant_adam_r1"
+    (found,) = look(problem, overrides, 8e-3, 16, 32, 128, 1, 32, 20, 3)
+    optimizer = dataclasses.replace(composed(overrides).optimizer, lr=8e-3)
+    start, n = found["examples"], len(found["lengths"])
+    looks = along(problem, optimizer, 16, 32, 3, [start + length for length in (0, *found["lengths"])])
+    each, weight = [], torch.ones(0)
+    for _, data, model, step in looks:
+        each.append(each_alone(looked_at(problem, 3, model).double(), data.train.spread(20)))
+        if not len(weight):
+            roots = torch.cat([step.state[p]["exp_avg_sq"].flatten() for p in model.parameters()]).double().sqrt()
+            weight = torch.where(roots > 0, 1 / (roots + 1e-8), 0)
+    assert 0 < (weight == 0).sum() < len(weight) / 2  # characters that have not come yet
+    mean = [gradients.mean(0) for gradients in each]
+    for name, w in (("plain", torch.ones_like(weight)), ("scaled", weight)):
+        drift = [float(w @ (mean[i + 1] - mean[0]).square()) for i in range(n)]
+        expected = {"signal": float(w @ mean[0].square()), "trace": float(w @ each[0].var(0))}
+        assert found[name].pop("drift") == pytest.approx(drift, rel=1e-4)
+        assert found[name] == pytest.approx(expected, rel=1e-4)
 
 
 def test_looks_and_other_batch_sizes_follow_the_tuned_learning_rate():
@@ -190,6 +274,8 @@ def test_dropout_is_a_user_error():
     study = LargestBatch(settings(NAME))
     with pytest.raises(UserError, match=r"model\.dropout must be 0"):
         study.jobs(compose_config(["experiment=short/largest_batch", "model.dropout=0.5"]), [])
+    with pytest.raises(UserError, match="judged_batch_size=48 is none of"):
+        LargestBatch(dataclasses.replace(study.settings, judged_batch_size=48)).check()
     wrong = dataclasses.replace(
         study.settings, contestants=study.settings.contestants | {BATCHES: ["optimizer=sgd_linear"]}
     )
@@ -197,10 +283,20 @@ def test_dropout_is_a_user_error():
         LargestBatch(wrong).check()
 
 
-def test_from_the_configuration_to_the_report(tmp_path: Path):
-    overrides = ["train.epochs=0.5", "train.warmup_examples=0", "model.widths=[8]", "evaluation.multiple=64"]
-    config = compose_config(["experiment=short/largest_batch", "tracker=none", *overrides])
-    assert config.study is not None
-    small = dataclasses.replace(config.study, seeds=[0], batch_sizes=[32, 64], looks=1, workers=1)
+TINY = {
+    NAME: ["model.widths=[8]"],
+    ON_GPT: ["data.context=8", "data.limit=400", "data.evaluated=64", *SMALL],
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_from_the_configuration_to_the_report(tmp_path: Path, name: str):
+    overrides = ["train.epochs=0.5", "train.warmup_examples=0", "evaluation.multiple=64", *TINY[name]]
+    config = compose_config([f"experiment=short/{name}", "tracker=none", *overrides])
+    assert isinstance(config.study, LargestBatchConfig)
+    small = dataclasses.replace(config.study, seeds=[0], batch_sizes=[32, 64], judged_batch_size=64, looks=1, workers=1)
+    if name == ON_GPT:
+        small = dataclasses.replace(small, sample=32)
     run_study(dataclasses.replace(config, study=small), tmp_path)
-    assert len(Summary.load(tmp_path).findings) >= 16
+    found = Summary.load(tmp_path).findings
+    assert sum(finding.verdict is not None for finding in found) == 9 + 5 * (len(small.contestants) - len(PLAIN))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.data import Split
 from experiments.laboratory.problem import as_configured, backward, build, loss_of, predictions, problem_of
 from experiments.models import build_model
 from experiments.schemas.run import Config
@@ -55,6 +56,22 @@ def test_the_gradient_is_of_these_examples_alone_and_scaled() -> None:
     backward(model, data.train.x, data.train.y)
     backward(model, x, y, scale=8.0)
     assert torch.equal(model[1].weight.grad, 8 * alone)
+
+
+def test_the_gradient_of_sequences_is_the_mean_over_them_and_their_positions() -> None:
+    data, model = build("data=topics model=gpt data.limit=100 data.context=8 model.width=8", seed=0)
+    x, y = data.train.x[:4], data.train.y[:4]
+    losses = [
+        torch.nn.functional.cross_entropy(model.double()(x[i : i + 1])[0, t], y[i, t])
+        for i in range(4)
+        for t in range(8)
+    ]
+    mean = torch.stack(losses).mean()
+    expected = torch.autograd.grad(mean, list(model.parameters()))
+    backward(model, x, y)
+    for p, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert loss_of(model, Split(x, y)) == pytest.approx(mean.item())
 
 
 def test_predictions_and_losses_are_without_dropout() -> None:
