@@ -43,8 +43,10 @@ class Analysis(Contest):
     def sizes(self) -> list[int]:
         return sorted(self.settings.batch_sizes)
 
-    def looked_at(self) -> list[str]:
-        return list(self.tuned)
+    @property
+    def plain(self) -> list[str]:
+        """Contestants whose step is B lr0, whose runs are looked at."""
+        return [label for label in self.labels if label not in self.saturating]
 
     def octave(self, label: str) -> float:
         """Of the learning rate tuned at the smallest batch size over all seeds."""
@@ -89,10 +91,11 @@ class Analysis(Contest):
         return self.over_log(lambda rows: self.log_breakdown(label, rows) - self.log_breakdown(other, rows))
 
     def ends_within(self, label: str) -> list[float]:
-        """Octaves below the tuned one, falling, at which all batch sizes were run and invariance ends among them."""
+        """Octaves below the tuned one, falling to 0, at which all batch sizes were run and invariance ends among them.
+        Above it the smallest batch size is unstable too."""
         run = set.intersection(*(set(self.runs[label, B].octaves.tolist()) for B in self.sizes))
         belows = sorted((self.octave(label) - octave for octave in run), reverse=True)
-        return [below for below in belows if not self.beyond(label, below)]
+        return [below for below in belows if below >= 0 and not self.beyond(label, below)]
 
     def log_slope(self, label: str, rows: Rows) -> float:
         """Of ln B, where invariance ends, along ln(lr), by least squares; not a number without two learning rates."""

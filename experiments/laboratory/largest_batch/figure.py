@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from experiments.contest.figure import MARKERS, colours
 from experiments.drawing import across_batch_sizes, bars, headroom, logarithmic
 from experiments.laboratory.largest_batch.analysis import Analysis
-from experiments.laboratory.largest_batch.findings import BATCHES, PLAIN, measured
+from experiments.laboratory.largest_batch.findings import BATCHES, measured
 from experiments.laboratory.largest_batch.predictors import PREDICTORS
 from experiments.themes import Theme, canvas, plain_log_ticks
 
@@ -61,9 +61,9 @@ def _loss(axes: Axes, found: Analysis, theme: Theme) -> None:
 def _predicted(axes: Axes, found: Analysis, theme: Theme) -> None:
     colour = colours(found, theme)
     rows = ["measured", *PREDICTORS]
-    for i, label in enumerate(PLAIN):
+    for i, label in enumerate(found.plain):
         values = [found.breakdown(label), *(found.prediction(label, name) for name in PREDICTORS)]
-        heights = np.arange(len(rows)) + 0.18 * (i - 1)
+        heights = np.arange(len(rows)) + 0.18 * (i - (len(found.plain) - 1) / 2)
         axes.errorbar(
             [value.value for value in values],
             heights,

@@ -19,8 +19,7 @@ from experiments.laboratory.largest_batch.predictors import (
 )
 from experiments.laboratory.verdicts import both, within
 
-EXAMPLES, BATCHES, SHORT = "R = 1", "R = 16", "R = 16, short momentum"
-PLAIN = (EXAMPLES, BATCHES, SHORT)
+EXAMPLES, BATCHES = "R = 1", "R = 16"
 FACTOR = 2.0  # within which a prediction is right
 PRICE = 1.05  # of a loss, above which a method is worse
 CLOSE = 0.25  # to a slope
@@ -51,7 +50,7 @@ def measured(found: Analysis, label: str) -> str:
 
 
 def _predicts(found: Analysis, predictor: str) -> Finding:
-    ratios = {label: found.ratio_to_measured(label, predictor) for label in PLAIN}
+    ratios = {label: found.ratio_to_measured(label, predictor) for label in found.plain}
     told = "; ".join(
         f"{label}: {found.prediction(label, predictor)} against {measured(found, label)}, a ratio of {ratio}"
         for label, ratio in ratios.items()
@@ -79,7 +78,7 @@ def _all(verdicts: Iterable[Verdict]) -> Verdict:
 
 def _step(found: Analysis) -> list[Finding]:
     """From all learning rates: if B lr0 decides, ln B where invariance ends falls with ln(lr0) by a slope of -1."""
-    seen = {label: found.ends_within(label) for label in PLAIN}
+    seen = {label: found.ends_within(label) for label in found.plain}
     judged = [label for label, belows in seen.items() if len(belows) > 1]
 
     def ends(label: str) -> str:
@@ -174,7 +173,7 @@ def _nearest(found: Analysis) -> str:
     def distances(averaged: bool) -> str:
         def distance(predictor: str) -> float:
             off = []
-            for label in PLAIN:
+            for label in found.plain:
                 along = found.predicted[label, predictor].mean(axis=0)
                 predicted = along.mean() if averaged else along.min()
                 off.append(abs(predicted - found.log_breakdown(label, everyone)))
@@ -185,8 +184,8 @@ def _nearest(found: Analysis) -> str:
 
     return (
         f"Distances of predictions from what is measured, the smallest batch size with {found.settings.broken:g} times "
-        f"the loss, or the largest there is: {distances(averaged=False)}; geometric means over {len(PLAIN)} methods. "
-        "With the mean over the looks at a run, in place of the look where a prediction is smallest: "
+        f"the loss, or the largest there is: {distances(averaged=False)}; geometric means over {len(found.plain)} "
+        "methods. With the mean over the looks at a run, in place of the look where a prediction is smallest: "
         f"{distances(averaged=True)}."
     )
 
@@ -202,7 +201,7 @@ def _over_time(found: Analysis) -> str:
 
     return (
         "The sharpness of P^-1 H along the tuned runs, over what their own steps are stable at, is: "
-        f"{'; '.join(told(label) for label in PLAIN)}; below 1 the run at the tuning batch size is inside of the edge."
+        f"{'; '.join(map(told, found.plain))}; below 1 the run at the tuning batch size is inside of the edge."
     )
 
 

@@ -16,15 +16,17 @@ from experiments.estimate import Finding
 from experiments.jobs import Job, Result
 from experiments.laboratory.largest_batch.analysis import Analysis, analyse
 from experiments.laboratory.largest_batch.figure import alternative, caption, draw
-from experiments.laboratory.largest_batch.findings import PLAIN, findings
+from experiments.laboratory.largest_batch.findings import BATCHES, EXAMPLES, findings
 from experiments.laboratory.largest_batch.look import look
 from experiments.laboratory.largest_batch.tables import own_tables, own_terms
 from experiments.laboratory.problem import problem_of
 from experiments.laboratory.schemas import LargestBatchConfig
 from experiments.laboratory.terms import DIVERGED, intervals
-from experiments.schemas.optimizer import BatchInvariantAdamConfig
+from experiments.schemas.optimizer import BatchInvariantAdamConfig, SaturatingAdamConfig
 from experiments.schemas.run import Config
 from experiments.study import Outcome
+
+LOWER = 2  # octaves below the tuned learning rate, over which invariance is seen to end later
 
 
 class LargestBatch(ContestStudy[LargestBatchConfig]):
@@ -36,7 +38,7 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
     )
 
     def required(self) -> Sequence[str]:
-        return PLAIN
+        return (EXAMPLES, BATCHES)
 
     def check(self) -> None:
         super().check()
@@ -57,8 +59,9 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
         for label in self.settings.contestants if trained else ():
             best = self.tuned(label, trained)
             if best is not None:
-                jobs += self.away(config, label, best)
-                jobs += self.looks(config, label, best) if label in PLAIN else []
+                saturating = isinstance(self.contestants()[label].optimizer, SaturatingAdamConfig)
+                jobs += self.away(config, label, best, 1 if saturating else LOWER)
+                jobs += [] if saturating else self.looks(config, label, best)
         return list({job.directory: job for job in jobs}.values())
 
     def tuned(self, label: str, trained: Sequence[Result]) -> float | None:
@@ -66,11 +69,11 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
         (losses,) = self.losses(trained, label, min(self.settings.batch_sizes))
         return tuned_octave(self.settings.octaves, losses)
 
-    def away(self, config: Config, label: str, best: float) -> list[Job]:
-        """Runs at all batch sizes with the learning rate tuned at the smallest, and with half of that."""
+    def away(self, config: Config, label: str, best: float, lower: int) -> list[Job]:
+        """Runs at all batch sizes with the learning rate tuned at the smallest, and so many octaves lower."""
         one = self.contestants()[label]
         of_one = dataclasses.replace(config, engine=one.engine)
-        lr = one.optimizer.lr
+        lr, octaves = one.optimizer.lr, [best - below for below in range(lower + 1)]
         return [
             self.training(
                 of_one,
@@ -80,7 +83,7 @@ class LargestBatch(ContestStudy[LargestBatchConfig]):
                 contestant=label,
                 octave=octave,
             )
-            for B, octave, seed in product(self.settings.batch_sizes, (best, best - 1), self.settings.seeds)
+            for B, octave, seed in product(self.settings.batch_sizes, octaves, self.settings.seeds)
         ]
 
     def looks(self, config: Config, label: str, best: float) -> list[Job]:

@@ -23,14 +23,14 @@ def own_tables(found: Analysis) -> list[Table]:
             predictor,
             *(
                 cell
-                for label in found.looked_at()
+                for label in found.plain
                 for cell in (found.prediction(label, predictor), found.ratio_to_measured(label, predictor))
             ),
         ]
         for predictor in PREDICTORS
     ]
     along: list[list[Cell]] = []
-    for label in found.looked_at():
+    for label in found.plain:
         for i, count in enumerate(found.examples[label]):
             at = [np.exp(found.predicted[label, predictor][:, i].mean()) for predictor in PREDICTORS]
             sharpness = np.exp(np.log(found.sharpness[label][:, i]).mean())
@@ -62,7 +62,7 @@ def own_tables(found: Analysis) -> list[Table]:
         Table(
             "What predicts it",
             "The batch size of each predictor, and its ratio to where invariance ends.",
-            ["Predictor", *(column for label in found.looked_at() for column in (label, "ratio"))],
+            ["Predictor", *(column for label in found.plain for column in (label, "ratio"))],
             predicted,
             (),
         ),

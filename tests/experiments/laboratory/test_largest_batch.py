@@ -23,7 +23,7 @@ from experiments.gpt import GPT
 from experiments.jobs import Measurement, Result, Training
 from experiments.laboratory.along import along, looked_at
 from experiments.laboratory.largest_batch.analysis import log_crossing, saturates_at
-from experiments.laboratory.largest_batch.findings import BATCHES, EXAMPLES, PLAIN, SHORT
+from experiments.laboratory.largest_batch.findings import BATCHES, EXAMPLES
 from experiments.laboratory.largest_batch.look import lengths_of, look, starts_of
 from experiments.laboratory.largest_batch.population import gradient, hessian, sharpness, variance
 from experiments.laboratory.largest_batch.predictors import DRIFT, EDGE, FARTHEST, HORIZON, NOISE, Tuned, predictions
@@ -56,6 +56,7 @@ def findings(
     """Losses grow as a power of B to where they are broken at `ends`, or a power of the learning rate times that."""
     study = settings(name)
     assert isinstance(study, LargestBatchConfig)
+    study = dataclasses.replace(study, batch_sizes=[16, 64, 256, 1024])
     made = results(study, lambda label, B: 0.1, noise=1e-4)
     optimizers = {label: one.optimizer for label, one in LargestBatch(study).contestants().items()}
     for result in made:
@@ -64,9 +65,9 @@ def findings(
         result.found.lr = optimizers[label].lr * 2.0**octave
         broken = study.broken ** log_share(B, ends(label) * 2.0 ** (slope * octave))
         # No loss counts for more than the first.
-        later = [(1 if label in PLAIN else price) * broken * loss for loss in result.found.train_loss[1:]]
+        later = [(1 if is_plain(label) else price) * broken * loss for loss in result.found.train_loss[1:]]
         result.found.train_loss = [20.0, *later]
-    for label in PLAIN:
+    for label in filter(is_plain, study.contestants):
         overrides = shlex.join(study.contestants[label])
         tuned = Tuned.of(optimizers[label])  # type: ignore[arg-type]
         made += [
@@ -77,6 +78,10 @@ def findings(
     return [finding for finding in found.findings if finding.verdict is not None]
 
 
+def is_plain(label: str) -> bool:
+    return not label.startswith("saturating")
+
+
 def log_share(B: float, end: float) -> float:
     """Where B is on the way from 16 to the end, in logarithms."""
     return math.log(B / 16) / math.log(end / 16)
@@ -84,17 +89,22 @@ def log_share(B: float, end: float) -> float:
 
 @pytest.mark.parametrize("name", [NAME, ON_GPT])
 def test_findings_come_out_both_ways(name: str):
-    good = findings(lambda label: 128 if label in PLAIN else 512, said=128, price=0.9, name=name)
-    saturating = len(settings(name).contestants) - len(PLAIN)
+    good = findings(lambda label: 128 if is_plain(label) else 512, said=128, price=0.9, name=name)
+    saturating = len(settings(name).contestants) - 3
     # The horizon is that of the configuration: 1,592 and 152 examples, of which one is right.
     expected = ["does not hold"] + ["holds"] * (8 + 4 * saturating) + ["does not hold"] * saturating
     assert [finding.verdict for finding in good] == expected
     assert "R = 16: 128 [128, 128] against 128 [" in good[1].sentence
     assert "mean of 3 methods: -" in good[6].sentence and "slope of -1, within" in good[7].bar
     lr = 4e-3 if name == ON_GPT else 8e-3
-    assert f"256 at {lr / 2:g}, 128 at {lr:g}, 64.0 at {2 * lr:g}, 32.0 at {4 * lr:g}" in good[6].sentence
-    ends = {EXAMPLES: 700, BATCHES: 128, SHORT: 128}
-    bad = findings(lambda label: ends.get(label, 70), 16.5, slope=0.5, price=1.3, name=name)
+    assert "R = 16: -" in good[6].sentence and f"256 at {lr / 2:g}, 128 at {lr:g}; R = 16, " in good[6].sentence
+    bad = findings(
+        lambda label: 700 if label == EXAMPLES else 128 if is_plain(label) else 70,
+        16.5,
+        slope=0.5,
+        price=1.3,
+        name=name,
+    )
     assert {finding.verdict for finding in bad[1:-saturating]} == {"does not hold"}
     assert {finding.verdict for finding in bad[-saturating:]} == {"holds"}
     assert "a ratio of 1.3" in bad[-saturating - 1].sentence
@@ -260,7 +270,7 @@ def test_looks_and_other_batch_sizes_follow_the_tuned_learning_rate():
     made = results(study.settings, lambda label, B: 0.1, best=lambda label, B: 0.0 if B == 16 else -2.0)
     jobs = study.jobs(config, [r for r in made if r.coordinates["batch_size"] == 16])
     looks = [job for job in jobs if isinstance(job, Measurement)]
-    assert len(looks) == len(PLAIN) * len(study.settings.seeds)
+    assert len(looks) == 3 * len(study.settings.seeds)
     assert {job.coordinates["lr"] for job in looks} == {0.032, 0.008}
     away = {
         job.coordinates["octave"] for job in jobs if isinstance(job, Training) and job.coordinates["batch_size"] == 64
@@ -299,4 +309,4 @@ def test_from_the_configuration_to_the_report(tmp_path: Path, name: str):
         small = dataclasses.replace(small, sample=32)
     run_study(dataclasses.replace(config, study=small), tmp_path)
     found = Summary.load(tmp_path).findings
-    assert sum(finding.verdict is not None for finding in found) == 9 + 5 * (len(small.contestants) - len(PLAIN))
+    assert sum(finding.verdict is not None for finding in found) == 9 + 5 * (len(small.contestants) - 3)
