@@ -64,7 +64,7 @@ class Part:
     states: list[State]
     columns: Columns  # "parameter", "gradient", raw sums and buffers, in one order
     one: Tensor  # of the parameters
-    tally: Tally | None  # of what the states have seen, where it is of these alone
+    tally: Tally  # of what these states, and maybe others, have seen
 
     def total(self, sums: Tensor) -> Tensor:
         """Sums over all elements from those over the columns', which are this rank's where parameters are sharded."""
@@ -78,7 +78,7 @@ class Part:
                 state.setdefault(COVERED, state["step"].clone())
             if not self.update.waits:
                 add([state[COVERED] for state in self.states], self.age.stands_for)
-        if self.tally is not None:
+        if len(self.states) == len(self.tally):
             self.tally.add(b)
         else:
             add([state["step"] for state in self.states], b)
@@ -97,12 +97,13 @@ def parts_of(optimizer: ExampleOptimizer, found: Sequence[Found], loss_scale: fl
     `loss_scale` is what the loss was multiplied by while windows do not know of it.
     """
     parts: list[Part] = []
+    tallies = optimizer.next_tallies()
     for index, window, found_rows in found:
         group, b = optimizer.param_groups[index], window.batch_size
-        for kind, of_kind in alike(found_rows, kinds(found_rows)):
+        for _, of_kind in alike(found_rows, kinds(found_rows)):
             update = update_of(optimizer, group, of_kind[0].state, window)
             complete(update, of_kind)
-            tally = optimizer.tallies.setdefault((index, kind), Tally())
+            tally = next(tallies)
             for (before, waiting, younger, _), rows in alike(of_kind, counts(update, of_kind, tally, b)):
                 if update.waits and waiting == before:  # there is no average yet
                     continue
@@ -110,8 +111,7 @@ def parts_of(optimizer: ExampleOptimizer, found: Sequence[Found], loss_scale: fl
                 scalars = common_scalars(group, age, update, window, loss_scale)
                 scalars |= optimizer.scalars(group, age, update)
                 states, columns = [row.state for row in rows], columns_of(update, rows)
-                whole = tally if len(rows) == len(of_kind) else None
-                parts.append(Part(group, age, update, scalars, states, columns, rows[0].parameter, whole))
+                parts.append(Part(group, age, update, scalars, states, columns, rows[0].parameter, tally))
     return parts
 
 

@@ -19,11 +19,11 @@ from experiments.gpt import GPT
 from experiments.planning.layers import Layer, price
 from experiments.planning.trace import OF_CPU, plain
 from experiments.planning.work import work
-from gradstats import native
 from gradstats.choice import unmeasured
 from gradstats.forms.dense import Dense
 from gradstats.forms.outer import OuterSum
 from gradstats.joint import look
+from gradstats.native import outer_sum
 
 SQUARES = ("sum_of_squares",)
 B = 5
@@ -73,7 +73,7 @@ def counted(model: nn.Module, x: Tensor, more: dict[Any, Any] | None = None) -> 
 @pytest.fixture(autouse=True)
 def _matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch cannot count what the C++ kernel multiplies."""
-    monkeypatch.setattr(native, "serves", lambda d, a: False)
+    monkeypatch.setattr(outer_sum, "serves", lambda d, a: False)
 
 
 ADDING = {"without positions", "gpt, tied", "convolutions, unfolded"}

@@ -1,0 +1,68 @@
+"""What the states of many parameters have seen, in one piece of memory that stays the states' own."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import gradstats
+from gradstats.optim import BatchInvariantAdam
+from gradstats.optim.tally import Tally
+
+
+def states(*counts):
+    return [{"step": torch.tensor(count)} for count in counts]
+
+
+def test_counts_are_the_states_own():
+    """They are read wherever the states changed them, and the states see what is added."""
+    tally, held = Tally(), states(3, 5)
+    assert tally.of(held) == [3, 5]
+    tally.add(4)
+    assert [int(state["step"]) for state in held] == [7, 9]
+    held[0]["step"].fill_(20)
+    held[1]["step"] += 1
+    assert tally.of(held) == [20, 10]
+    assert all(state["step"].dtype == torch.int64 and state["step"].shape == () for state in held)
+
+
+def test_others_are_counted_apart():
+    """A state that is not asked for keeps what it had seen, and one that was replaced is read anew."""
+    tally, held = Tally(), states(1, 2, 3)
+    tally.of(held)
+    assert tally.of(held[:2]) == [1, 2]
+    tally.add(10)
+    assert [int(state["step"]) for state in held] == [11, 12, 3]
+    held[0]["step"] = torch.tensor(100)
+    assert tally.of(held) == [100, 12, 3]
+
+
+def test_copies_and_files_have_numbers_of_their_own():
+    tally, held = Tally(), states(1, 2)
+    tally.of(held)
+    copied, file = copy.deepcopy(held), io.BytesIO()
+    torch.save(held, file)
+    file.seek(0)
+    loaded = torch.load(file)
+    tally.add(5)
+    for other in (copied, loaded):
+        assert Tally().of(other) == [1, 2] and [int(state["step"]) for state in held] == [6, 7]
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_parameter_that_misses_a_step(missing):
+    """It is as old as its own steps, whatever memory its count shared before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)])
+    gradstats.attach(model)
+    optimizer = BatchInvariantAdam(model.parameters(), lr=1e-3, batch_size=2)
+    for step in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(5, 3)).square().mean().backward()
+        if step == 2:
+            model[missing].weight.grad = None
+        optimizer.step()
+    ages = {name: int(optimizer.state[p]["step"]) for name, p in model.named_parameters()}
+    assert ages == {name: 15 if name == f"{missing}.weight" else 20 for name in ages}
