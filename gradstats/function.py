@@ -48,7 +48,7 @@ class Call(NamedTuple):
     rule: type[Rule]
     options: tuple[Any, ...]
     names: tuple[str, ...]  # the rule's parameters, in the order of the arguments
-    used: Mapping[str, Use]  # those that have statistics
+    used: dict[str, Use]  # those that have statistics
     slots: tuple[tuple[str, str], ...]  # (parameter, sum) of every shadow, in the order of the arguments
     links: int
     several: bool  # the rule takes a tuple of inputs
@@ -89,12 +89,14 @@ class LeafFunction(torch.autograd.Function):
                 wanted = frozenset(name for name, need in zip(names, needs, strict=True) if need)
                 grad_input, contributions = differentiate(call, ctx.saved_tensors, filled(ctx.outputs, d[:-1]), wanted)
             if counts:
+                # Before sums are made: those of the window before are gone by then.
+                call.leaf.begin(call.used, contributions, call.batch_size, call.generation)
                 gradients, sums = reduce(call, contributions)
             else:
                 gradients, sums = {name: c.gradient() for name, c in contributions.items()}, {}
-        if counts and call.used:
+        if counts:
             unshadowed = {key: value for key, value in sums.items() if key not in call.slots}
-            call.leaf.record(call.used, call.batch_size, call.generation, gradients, unshadowed)
+            call.leaf.record(call.used, call.generation, gradients, unshadowed)
         returned = *grad_input, *(gradients.get(name) for name in call.names)
         return None, *(sums.get(slot) for slot in call.slots), *(None,) * call.links, *returned, None
 
@@ -128,7 +130,8 @@ def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradient
     gradients = {name: c.gradient() for name, c in contributions.items() if name not in call.used}
     sums: Sums = {}
     kinds, lifetime = call.leaf.handle.needs, call.leaf.handle.lifetime
-    for name, (_, uses, collects) in call.used.items():
+    # What is small comes last in layers, and first here: its temporaries are gone when the weight's sums are made.
+    for name, (_, uses, collects) in reversed(call.used.items()):
         own, found = contributions.get(name), {}
         uses.begin()
         index = None  # examples that the sums are over, if not all

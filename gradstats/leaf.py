@@ -9,7 +9,7 @@ Shadows precede the parameters in the argument list: what runs on a parameter's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -295,10 +295,14 @@ class Leaf:
         """Whether this backward pass accumulates into every leaf of autograd, unlike torch.autograd.grad."""
         return torch._C._will_engine_execute_node(self._accumulator)
 
-    def record(self, used: Mapping[str, Use], n: int, generation: int, gradients: Gradients, sums: Sums) -> None:
-        """Called by the Function's backward before anything is accumulated, with the sums that have no shadow."""
-        reached = [use for name, use in used.items() if name in gradients or use.collects]
-        self.handle.lifetime.begin_backward(self.title, reached, n, generation)
+    def begin(self, used: Mapping[str, Use], contributing: Collection[str], n: int, generation: int) -> None:
+        """Called by the Function's backward before anything is computed; some parameters contribute to this call."""
+        if used:
+            reached = [use for name, use in used.items() if name in contributing or use.collects]
+            self.handle.lifetime.begin_backward(self.title, reached, n, generation)
+
+    def record(self, used: Mapping[str, Use], generation: int, gradients: Gradients, sums: Sums) -> None:
+        """The same before anything is accumulated, with the sums that have no shadow."""
         for name, use in used.items():
             own = {kind: value for (owner, kind), value in sums.items() if owner == name}
             use.account.record(generation, gradients.get(name), use.uses.units if use.collects else 0, own)

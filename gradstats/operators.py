@@ -78,7 +78,8 @@ def returned(
         used = {name: Use(account, Uses(account.name, units=n), collects=True) for name, account in accounts.items()}
         # Clones, since the compiler reuses the memory of what is no output of the graph.
         clones = dict(zip(product(used, kinds.splitlines()), [step.clone() for step in steps], strict=True))
-        leaf.record(used, n, generation, dict(zip(used, gradients, strict=True)), clones)
+        leaf.begin(used, used, n, generation)
+        leaf.record(used, generation, dict(zip(used, gradients, strict=True)), clones)
     return torch.zeros_like(token)
 
 

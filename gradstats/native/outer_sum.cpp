@@ -4,6 +4,9 @@
 //     squares   sum_b c_b^2    (o, i)
 //     norms     ||c_b||^2      (tasks, n), to be summed over the tasks
 //
+// With one position, sum_b c_b^2 = sum_b d_b^2 a_b^2: two products of matrices, the second of the squares of what is
+// packed for the first.
+//
 // A task is a part of the parameter, whose rows and columns of d and a are packed, some examples at a time, into
 // memory that stays in cache. Within it, a tile of c_b is formed in registers, and summed over these examples before it
 // is added to gradient and squares: a long sum in one register would lose digits. Tasks do not depend on the number of
@@ -13,6 +16,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -58,10 +62,13 @@ inline void store(S* to, V v) {
 // Up to FEW positions gradient and squares of a tile stay in registers beside c_b; with more, a larger tile loads less.
 constexpr int64_t FEW = 4;
 constexpr int FEW_TALL = 2, FEW_WIDE = MANY_REGISTERS ? 4 : 2, TALL = 4, WIDE = 3;
+// With one, nothing else is in registers.
+constexpr int ONE_TALL = MANY_REGISTERS ? 8 : 4;
 // Most rows and columns of a task; rows are rounded up to what the tiles divide.
-constexpr int64_t PART = 192, ROW_UNIT = TALL;
-// Examples times positions packed at once: a column of tiles of them stays in a first-level cache.
-constexpr int64_t DEPTH = 128;
+constexpr int64_t PART = 192, ROW_UNIT = 4, ONE_PART = 96;
+// Examples times positions packed at once: a column of tiles of them stays in a first-level cache. With one position,
+// the square root of all examples, and as many at least: so little that both operands stay there.
+constexpr int64_t DEPTH = 128, ONE_DEPTH = 20;
 
 // How a parameter is divided.
 struct Plan {
@@ -71,14 +78,17 @@ struct Plan {
   int64_t examples;  // packed at once
   int64_t scratch;   // numbers a thread needs
 
-  Plan(int64_t n, int64_t t, int64_t o, int64_t i, int64_t lanes) {
-    wide = (t <= FEW ? FEW_WIDE : WIDE) * lanes;
-    rows = part(o, PART, ROW_UNIT);
-    columns = part(i, PART / wide * wide, wide);
+  Plan(int64_t n, int64_t t, int64_t o, int64_t i, bool norms, int64_t lanes) {
+    const bool one = t == 1 && !norms;
+    const int64_t most = one ? ONE_PART : PART;
+    wide = (one || t > FEW ? WIDE : FEW_WIDE) * lanes;
+    rows = part(o, most, one ? ONE_TALL : ROW_UNIT);
+    columns = part(i, most / wide * wide, wide);
     tasks_in_row = (i + columns - 1) / columns;
     tasks = (o + rows - 1) / rows * tasks_in_row;
-    examples = std::min(n, std::max<int64_t>(1, DEPTH / t));
-    scratch = (examples * t * (rows + columns) + examples * lanes + lanes - 1) / lanes * lanes;
+    const int64_t depth = std::clamp<int64_t>(std::llround(std::sqrt(double(n))), ONE_DEPTH, DEPTH);
+    examples = std::min(n, one ? depth : std::max<int64_t>(1, DEPTH / t));
+    scratch = (examples * (t * (rows + columns) + (norms ? lanes : 0)) + lanes - 1) / lanes * lanes;
   }
 
   static int64_t part(int64_t size, int64_t most, int64_t unit) {
@@ -155,7 +165,28 @@ inline __attribute__((always_inline)) void tile(const S* d, int64_t height, cons
     }
 }
 
-template <int ROWS, int VECTORS, bool SQUARES, bool NORMS, class S, class In>
+// One tile of a product d^T a, for the packed examples.
+template <int ROWS, int VECTORS, class S>
+inline void product(const S* d, int64_t height, const S* a, int64_t n, S* sum, int64_t stride) {
+  using V = typename Vector<S>::type;
+  constexpr int lanes = Vector<S>::lanes;
+  V g[ROWS][VECTORS] = {};
+  for (int64_t b = 0; b < n; ++b, d += height, a += VECTORS * lanes) {
+    V x[VECTORS];
+    for (int k = 0; k < VECTORS; ++k) x[k] = load<V>(a + k * lanes);
+    for (int r = 0; r < ROWS; ++r) {
+      const V y = d[r] - V{};
+      for (int k = 0; k < VECTORS; ++k) g[r][k] += y * x[k];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int k = 0; k < VECTORS; ++k) {
+      S* const to = sum + r * stride + k * lanes;
+      store(to, load<V>(to) + g[r][k]);
+    }
+}
+
+template <int ROWS, int VECTORS, bool SQUARES, bool NORMS, bool ONE, class S, class In>
 void task(int64_t index, const Plan& plan, Operand<In> d, Operand<In> a, int64_t n, int64_t t, int64_t o, int64_t i,
           S* gradient, S* squares, S* norms, S* scratch) {
   constexpr int lanes = Vector<S>::lanes;
@@ -165,8 +196,8 @@ void task(int64_t index, const Plan& plan, Operand<In> d, Operand<In> a, int64_t
   S* const packed_a = scratch;                                    // (column of tiles, example and position, wide)
   S* const packed_d = packed_a + plan.examples * t * plan.columns;  // (example and position, plan.rows)
   S* const norm = packed_d + plan.examples * t * plan.rows;         // (example, lanes)
-  static_assert(ROW_UNIT % ROWS == 0);
-  S edge_gradient[ROWS * wide] = {}, edge_squares[ROWS * wide] = {};
+  static_assert((ONE ? ONE_TALL : ROW_UNIT) % ROWS == 0);
+  S edge_first[ROWS * wide] = {}, edge_second[ROWS * wide] = {};
 
   for (int64_t r = row; r < row + rows; ++r) {
     std::fill_n(gradient + r * i + column, columns, S(0));
@@ -184,28 +215,42 @@ void task(int64_t index, const Plan& plan, Operand<In> d, Operand<In> a, int64_t
     }
     if (NORMS) std::fill_n(norm, examples * lanes, S(0));
 
-    for (int64_t k = 0; k < columns; k += wide)
-      for (int64_t r = 0; r < rows; r += ROWS) {
-        const int64_t place = (row + r) * i + column + k;
-        const int64_t tall = std::min<int64_t>(ROWS, rows - r), broad = std::min(wide, columns - k);
-        S* const g = gradient + place;
-        S* const q = SQUARES ? squares + place : nullptr;
-        if (tall == ROWS && broad == wide) {
-          tile<ROWS, VECTORS, SQUARES, NORMS>(packed_d + r, plan.rows, packed_a + k * depth, examples, t, g, q, i,
-                                              norm, tall, broad);
-          continue;
+    // compute(d, a, first, second, stride, tall, broad) adds to a tile of each of these, or of the first alone.
+    const auto each_tile = [&](S* first, S* second, auto compute) {
+      for (int64_t k = 0; k < columns; k += wide)
+        for (int64_t r = 0; r < rows; r += ROWS) {
+          const int64_t place = (row + r) * i + column + k;
+          const int64_t tall = std::min<int64_t>(ROWS, rows - r), broad = std::min(wide, columns - k);
+          S* const g = first + place;
+          S* const q = second == nullptr ? nullptr : second + place;
+          if (tall == ROWS && broad == wide) {
+            compute(packed_d + r, packed_a + k * depth, g, q, i, tall, broad);
+            continue;
+          }
+          for (int64_t e = 0; e < tall; ++e) {
+            std::copy_n(g + e * i, broad, edge_first + e * wide);
+            if (q != nullptr) std::copy_n(q + e * i, broad, edge_second + e * wide);
+          }
+          compute(packed_d + r, packed_a + k * depth, edge_first, edge_second, wide, tall, broad);
+          for (int64_t e = 0; e < tall; ++e) {
+            std::copy_n(edge_first + e * wide, broad, g + e * i);
+            if (q != nullptr) std::copy_n(edge_second + e * wide, broad, q + e * i);
+          }
         }
-        for (int64_t e = 0; e < tall; ++e) {
-          std::copy_n(g + e * i, broad, edge_gradient + e * wide);
-          if (SQUARES) std::copy_n(q + e * i, broad, edge_squares + e * wide);
-        }
-        tile<ROWS, VECTORS, SQUARES, NORMS>(packed_d + r, plan.rows, packed_a + k * depth, examples, t, edge_gradient,
-                                            edge_squares, wide, norm, tall, broad);
-        for (int64_t e = 0; e < tall; ++e) {
-          std::copy_n(edge_gradient + e * wide, broad, g + e * i);
-          if (SQUARES) std::copy_n(edge_squares + e * wide, broad, q + e * i);
-        }
-      }
+    };
+    if constexpr (ONE) {
+      const auto multiply = [&](const S* d, const S* a, S* sum, S*, int64_t stride, int64_t, int64_t) {
+        product<ROWS, VECTORS>(d, plan.rows, a, examples, sum, stride);
+      };
+      each_tile(gradient, nullptr, multiply);
+      for (S* x = scratch; x < norm; ++x) *x *= *x;
+      each_tile(squares, nullptr, multiply);
+    } else {
+      each_tile(gradient, SQUARES ? squares : nullptr,
+                [&](const S* d, const S* a, S* g, S* q, int64_t stride, int64_t tall, int64_t broad) {
+                  tile<ROWS, VECTORS, SQUARES, NORMS>(d, plan.rows, a, examples, t, g, q, stride, norm, tall, broad);
+                });
+    }
     if (NORMS)
       for (int64_t b = 0; b < examples; ++b) {
         S sum = 0;
@@ -218,9 +263,10 @@ void task(int64_t index, const Plan& plan, Operand<In> d, Operand<In> a, int64_t
 template <bool SQUARES, bool NORMS, class S, class In>
 void run(Operand<In> d, Operand<In> a, int64_t n, int64_t t, int64_t o, int64_t i, S* gradient, S* squares, S* norms,
          S* scratch, int threads) {
-  const Plan plan(n, t, o, i, Vector<S>::lanes);
-  const auto run_task =
-      t <= FEW ? task<FEW_TALL, FEW_WIDE, SQUARES, NORMS, S, In> : task<TALL, WIDE, SQUARES, NORMS, S, In>;
+  const Plan plan(n, t, o, i, NORMS, Vector<S>::lanes);
+  const auto run_task = t == 1 && !NORMS ? task<ONE_TALL, WIDE, SQUARES, false, true, S, In>
+                        : t <= FEW         ? task<FEW_TALL, FEW_WIDE, SQUARES, NORMS, false, S, In>
+                                            : task<TALL, WIDE, SQUARES, NORMS, false, S, In>;
   std::atomic<int64_t> next{0};
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int thread = 0; thread < threads; ++thread)
@@ -244,9 +290,9 @@ void choose(const In* d, const int64_t* d_strides, const In* a, const int64_t* a
 // is asked for, the other may be null. Scratch is aligned to vectors.
 extern "C" {
 
-// The number of tasks, and of what a thread needs as scratch, for numbers of `bytes` bytes in the sums.
-void outer_sum_plan(const int64_t* sizes, int64_t bytes, int64_t* found) {
-  const Plan plan(sizes[0], sizes[1], sizes[2], sizes[3], BYTES / bytes);
+// The number of tasks, and of what a thread needs as scratch, for sums with or without norms of `bytes` bytes a number.
+void outer_sum_plan(const int64_t* sizes, int norms, int64_t bytes, int64_t* found) {
+  const Plan plan(sizes[0], sizes[1], sizes[2], sizes[3], norms, BYTES / bytes);
   found[0] = plan.tasks;
   found[1] = plan.scratch;
 }

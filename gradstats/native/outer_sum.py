@@ -39,7 +39,7 @@ def sums(d: Tensor, a: Tensor, names: Collection[str]) -> Reduction:
     (n, t, o), i = d.shape, a.shape[2]
     dtype = accumulation_dtype(d.dtype)
     sizes, plan = (ctypes.c_int64 * 4)(n, t, o, i), (ctypes.c_int64 * 2)()
-    kernels.outer_sum_plan(sizes, ctypes.c_int64(dtype.itemsize), plan)
+    kernels.outer_sum_plan(sizes, ctypes.c_int("squared_norms" in names), ctypes.c_int64(dtype.itemsize), plan)
     tasks, scratch = plan
     threads = min(torch.get_num_threads(), tasks)
     gradient = torch.empty(o, i, dtype=dtype)

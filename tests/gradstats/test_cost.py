@@ -1,6 +1,7 @@
 """What a step with statistics costs, counted rather than timed."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -187,3 +188,24 @@ def test_memory_of_a_step(name, row, statistic, buffers):
     for _ in range(2):  # both probe
         peak()
     assert peak() <= 1.1 * plain + buffers * parameters
+
+
+@pytest.mark.skipif(not native.serves(torch.randn(1, 1, 1), torch.randn(1, 1, 1)), reason="no C++ compiler")
+def test_memory_of_wide_layers():
+    """No temporary beside what plain torch has at its peak and the statistic, that of the step before included."""
+    model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 400))
+    x = torch.randn(256, 300)
+    parameters = sum(p.nbytes for p in model.parameters())
+
+    def peak():
+        meter = Profiled()
+        with meter.contestant():
+            for _ in range(2):
+                model.zero_grad()
+                with meter.steps() if _ else nullcontext():
+                    model(x).square().mean().backward()
+        return meter.peak
+
+    plain = peak()
+    attach(model, "second_moment").probe(x)
+    assert peak() <= plain + 1.05 * parameters

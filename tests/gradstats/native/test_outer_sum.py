@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.benchmarks.meter import Profiled
 from gradstats import native
 from gradstats.forms.outer import OuterSum
 from gradstats.native import build, outer_sum
@@ -16,6 +17,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 # Several tasks in both directions with parts of tiles at their ends, few positions and more, several examples packed
 # together and one that is too long.
 LARGE = [(3, 3, 390, 201), (5, 7, 390, 201), (90, 3, 9, 7), (2, 300, 13, 70), (1, 1, 200, 500)]
+ONE = (90, 1, 390, 201)  # one position, and more examples than are packed together
 SIZE = st.integers(1, 40)
 # Processors that have one have those before it.
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -49,7 +51,7 @@ def test_any_size(n, t, o, i, seed):
 
 
 @pytest.mark.parametrize("names", [BOTH, BOTH[:1], BOTH[1:]])
-@pytest.mark.parametrize("sizes", LARGE)
+@pytest.mark.parametrize("sizes", [*LARGE, ONE])
 def test_each_sum_alone_and_both(sizes, names):
     check(*operands(*sizes), names)
 
@@ -61,14 +63,15 @@ def test_dtypes(sizes, dtype):
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS[: INSTRUCTIONS.index(CAPABILITY) + 1])
-@pytest.mark.parametrize("sizes", LARGE)
+@pytest.mark.parametrize("sizes", [*LARGE, ONE])
 def test_every_width_of_vectors(sizes, instructions, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
     kernels = build.library.__wrapped__()
     assert kernels is not None
     monkeypatch.setattr(native, "library", lambda: kernels)
     for dtype in (torch.float64, torch.float32):
-        check(*operands(*sizes, dtype))
+        for names in (BOTH, BOTH[:1]):
+            check(*operands(*sizes, dtype), names)
 
 
 def test_operands_are_read_where_they_lie():
@@ -138,3 +141,12 @@ def test_memory_beside_the_results_is_that_of_a_task():
     with LargestAllocation() as largest:
         outer_sum.sums(d.expand(500, 2, 600), a.expand(500, 2, 700), BOTH)
     assert largest.elements == 600 * 700
+
+
+def test_memory_beside_the_results_of_one_position_is_hardly_any():
+    """A few vectors of what is squared, of whatever size and number: none of the squares, nor a part of the results."""
+    d, a = operands(256, 1, 700, 800, torch.float32)
+    meter = Profiled()
+    with meter.contestant(), meter.steps():
+        native.outer_sum(d, a, BOTH[:1])
+    assert meter.peak <= (2 * 700 * 800 + torch.get_num_threads() * 5000) * 4
