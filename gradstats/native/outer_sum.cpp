@@ -16,7 +16,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -66,9 +65,9 @@ constexpr int FEW_TALL = 2, FEW_WIDE = MANY_REGISTERS ? 4 : 2, TALL = 4, WIDE = 
 constexpr int ONE_TALL = MANY_REGISTERS ? 8 : 4;
 // Most rows and columns of a task; rows are rounded up to what the tiles divide.
 constexpr int64_t PART = 192, ROW_UNIT = 4, ONE_PART = 96;
-// Examples times positions packed at once: a column of tiles of them stays in a first-level cache. With one position,
-// the square root of all examples, and as many at least: so little that both operands stay there.
-constexpr int64_t DEPTH = 128, ONE_DEPTH = 20;
+// Examples times positions packed at once: a column of tiles of them stays in a first-level cache. Fewer would mean less
+// memory, and gradient and squares more often through the cache: with 20 of 256 examples a step took up to 1.4 as long.
+constexpr int64_t DEPTH = 128, ONE_DEPTH = 64;
 
 // How a parameter is divided.
 struct Plan {
@@ -86,8 +85,8 @@ struct Plan {
     columns = part(i, most / wide * wide, wide);
     tasks_in_row = (i + columns - 1) / columns;
     tasks = (o + rows - 1) / rows * tasks_in_row;
-    const int64_t depth = std::clamp<int64_t>(std::llround(std::sqrt(double(n))), ONE_DEPTH, DEPTH);
-    examples = std::min(n, one ? depth : std::max<int64_t>(1, DEPTH / t));
+    const int64_t depth = one && n < ONE_DEPTH * DEPTH ? ONE_DEPTH : DEPTH;  // no sum of many more numbers than these
+    examples = std::min(n, std::max<int64_t>(1, depth / t));
     scratch = (examples * (t * (rows + columns) + (norms ? lanes : 0)) + lanes - 1) / lanes * lanes;
   }
 
