@@ -44,6 +44,7 @@ class Account:
 
     def _forget(self) -> None:
         self.steps: dict[str, dict[int, Tensor]] = {}  # other sums, by generation
+        self._memory: list[Tensor] = []  # sums of a window before
         self.generations: set[int] = set()  # backpropagated in this window
         self.units: dict[int, int] = {}  # what was squared in each of them: examples, or positions, or groups
         self.first = 0  # the first generation that counts
@@ -226,9 +227,13 @@ class Account:
         elif not (self.generations and self.untouched):
             self.unseen = True
 
-    def reset(self, first: int) -> None:
-        """Forgets the sums; generations from `first` on count."""
+    def reset(self, first: int, keeps: bool = False) -> None:
+        """Forgets the sums; generations from `first` on count. What `keeps` their memory until the next reset but this
+        one finds it where it was, and not taken back by the system, which gives it again page by page."""
+        self._memory = self._memory if keeps else []
         for s in self.shadows.values():
+            if keeps and s.grad is not None and s.grad.device.type == "cpu":
+                self._memory.append(s.grad)
             s.grad = None
         self.steps.clear()
         self.generations.clear()

@@ -165,7 +165,7 @@ class Lifetime:
             for account in self.accounts:
                 account.begin_pass()
             if all(account.fresh for account in self.accounts if account.trainable):
-                self.zero()
+                self.zero(keeps=not gathers)
                 self.turns.begin(gathers)
             elif self.turns.every > 1 and any(account.fresh for account in self.accounts if account.generations):
                 self.turns.begin(gathers)  # of these parameters: the gradients of others are kept
@@ -230,14 +230,14 @@ class Lifetime:
             self.plain.add(generation)
         return generation
 
-    def zero(self) -> None:
-        """A new window begins."""
+    def zero(self, keeps: bool = False) -> None:
+        """A new window begins; one that is not gathered `keeps` the memory of sums for the next one that is."""
         self.sizes.clear()
         self.of_ranks.clear()
         self.plain.clear()
         self.elsewhere = 0
         for account in self.accounts:
-            account.reset(first=0)
+            account.reset(first=0, keeps=keeps)
 
     def _watch(self) -> None:
         """Notes the graph task that runs; when all noted ones have ended, so has the backward pass.

@@ -109,8 +109,8 @@ class ShardedAccount(Account):
             return not self.waiting
         return not self.shards.largest(int(local(gradient).any()))
 
-    def reset(self, first: int) -> None:
-        super().reset(first)
+    def reset(self, first: int, keeps: bool = False) -> None:
+        super().reset(first, keeps)
         self.scattered.clear()
         self.own.clear()
         self.left = None

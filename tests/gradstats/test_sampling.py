@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
@@ -681,3 +682,17 @@ def test_a_part_of_the_examples_when_compiled(compiled):
             torch.testing.assert_close(model.get_parameter(key).grad, c.sum(0))
             torch.testing.assert_close(stats.second_moment[key], (4 * c[rows]).square().mean(0))
     assert len(graphs) == 1
+
+
+def test_memory_of_sums_is_kept_for_the_next_window_that_is_gathered():
+    """Through those that are not, since the system gives it again page by page; it is gone before new sums are."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    stats, x = attach(model, "second_moment", every=3), torch.randn(4, 6)
+    sums = []
+    for _ in range(5):
+        model.zero_grad()
+        model(x).sum().backward()
+        if stats.gathered:
+            sums.append(weakref.ref(stats.window("0.weight", ["sum_of_squares"]).sums["sum_of_squares"]))
+        assert sums[-1]() is not None
+    assert len(sums) == 2 and sums[0]() is None
