@@ -22,7 +22,7 @@ from gradstats.losses import reduced
 from gradstats.reading import Readable, keys
 from gradstats.statistics import STATISTICS, Wanted, statistic_of
 from gradstats.sums import SUMS, register
-from gradstats.window import Statistic, Window
+from gradstats.window import Reading, Statistic, Window
 
 LOSS_REDUCTIONS = ("mean", "sum")
 GRANULARITIES = ("example", "token", "microbatch")
@@ -30,9 +30,8 @@ GRANULARITIES = ("example", "token", "microbatch")
 # Raw sums of one parameter, how many examples they are over, p.grad as the last backward pass left it, and over how
 # many ranks it is averaged.
 Entry = tuple[dict[str, Tensor], int, Left | None, float]
-# A Window in parts: sums and gradient, which are the parameter's own, and what many mostly have in common.
-Parted = tuple[dict[str, Tensor], Tensor | None, tuple[Any, ...]]
-Read = Callable[[str, Tensor, Tensor | None], Parted]
+# Of one parameter after another, given by name, itself and p.grad.
+Reader = Callable[[str, Tensor, Tensor | None], Reading]
 
 # From a parameter to the handle that keeps its statistics; weak on both sides.
 _handles: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -118,7 +117,7 @@ class Handle(Readable):
         return 1
 
     def entry(self, name: str, needs: Sequence[str]) -> Entry:
-        """All of these; what optimizers ask for at every step, parameter by parameter."""
+        """`sums`, `left` and `averaged` at once; what optimizers ask for at every step, parameter by parameter."""
         sums, size = self.sums(name, needs)
         return sums, size, self.left(name), self.averaged(name)
 
@@ -323,21 +322,21 @@ class Handle(Readable):
         name = self.name_of(key)
         parameter = self.parameter(name) if isinstance(key, str) else key
         assert parameter is not None
-        sums, gradient, numbers = self.reader(needs, needs_gradient)(name, parameter, None)
-        return Window(sums, gradient, *numbers)._replace(elements=parameter.numel())
+        sums, gradient, common = self.reader(needs, needs_gradient)(name, parameter, None)
+        return Window(sums, gradient, *common, elements=parameter.numel())
 
-    def reader(self, needs: Sequence[str], needs_gradient: bool = False) -> Read:
-        """Of the same for one parameter after another, given by name, itself and p.grad, which has to be the tensor
-        that the last backward pass left, if it is given. Raises, beside that: MissingStatistic if it is another."""
+    def reader(self, needs: Sequence[str], needs_gradient: bool = False) -> Reader:
+        """The same window of one parameter after another; what optimizers read at every step. Of a p.grad that is
+        given it raises, beside that: MissingStatistic if it is another tensor than the last backward pass left."""
         for need in needs:
             if need not in self.needs:
-                entries = [entry for entry in STATISTICS if need in keys(STATISTICS[entry]())]
-                way_out = f"attach(model, {entries[0]!r}, ...)" if entries else "give its statistic to attach"
-                raise MissingStatistic(f"{(entries or [need])[0]!r} was not collected: {way_out}")
+                names = [name for name, entry in STATISTICS.items() if need in keys(entry())]
+                way_out = f"attach(model, {names[0]!r}, ...)" if names else "give its statistic to attach"
+                raise MissingStatistic(f"{(names or [need])[0]!r} was not collected: {way_out}")
         multiplied = bool(needs) or needs_gradient
         entry, reduction, fraction = self.entry, self.loss_reduction, self.fraction
 
-        def read(name: str, parameter: Tensor, gradient: Tensor | None) -> Parted:
+        def read(name: str, parameter: Tensor, gradient: Tensor | None) -> Reading:
             sums, size, left, ranks = entry(name, needs)
             if gradient is not None and left is not None and left.tensor() is not gradient:
                 raise MissingStatistic(

@@ -20,16 +20,22 @@ from gradstats.distributed.local import local, total
 from gradstats.errors import GradstatsError
 from gradstats.sums import RawSum, wide
 
+# What the windows of many parameters mostly have in common: the fields of one from `batch_size` to `ranks`.
+Common = tuple[int, str, float, float, float, float, float]
+# A window in parts, sums and gradient and what is in common, which is sooner made and compared than a Window.
+Reading = tuple[Mapping[str, Tensor], Tensor | None, Common]
+
 
 class Window(NamedTuple):
     """What was backpropagated since the gradient was last None.
 
     `sums` maps keys of raw sums to those of one parameter; `gradient` is sum_b c_b, that is p.grad; `batch_size` counts
-    examples, or positions or micro-batches where that granularity was asked for; `elements` those of the parameter.
+    examples, or positions or micro-batches where that granularity was asked for.
     `loss_scale` is what a GradScaler multiplied the loss by, and `gradient_scale` what `gradient` still carries of it.
     `factor` is what `gradient` was multiplied by since the backward pass, where that is followed; `sums` were not.
     `fraction`: the part of the examples that `sums` are of, on average.
     `ranks`: over how many of them `gradient` is the average; `sums` add up what each had.
+    `elements` are those of the parameter, which statistics ask for and optimizers do not.
     """
 
     sums: Mapping[str, Tensor]
@@ -42,6 +48,10 @@ class Window(NamedTuple):
     fraction: float = 1.0
     ranks: float = 1
     elements: int = 0
+
+    @property
+    def common(self) -> Common:
+        return self[2:-1]
 
     @property
     def scale(self) -> float:

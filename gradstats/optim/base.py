@@ -6,9 +6,9 @@ the optimizer's equation, over all its elements.
 
 from __future__ import annotations
 
-import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -70,7 +70,7 @@ class ExampleOptimizer(Optimizer):
         self.compiled = compiled
         self._schedules: list[Callable[[int], None]] = []  # called with B before every step
         self._chosen: tuple[Any, bool] = None, False  # whether steps are compiled, after what decides it
-        self.tallies: list[Tally] = []
+        self.tallies: dict[int, Tally] = defaultdict(Tally)  # of the kinds of parameters in a step, by their number
         super().__init__(params, options | {"examples": 0})
         if isinstance(self.defaults["lr"], Tensor):  # the first group's is the user's, which changes
             self.defaults["lr"] = self.defaults["lr"].clone()
@@ -246,13 +246,6 @@ class ExampleOptimizer(Optimizer):
             return None
         return 1.0 if scale is None else float(scale)
 
-    def next_tallies(self) -> Iterator[Tally]:
-        """For the parameters of a step in an order that is mostly the last one's, so that each finds its own again."""
-        for i in itertools.count():
-            if i == len(self.tallies):
-                self.tallies.append(Tally())
-            yield self.tallies[i]
-
     # State
 
     def __getstate__(self) -> dict[str, Any]:
@@ -260,7 +253,7 @@ class ExampleOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.setdefault("_schedules", [])  # those of a copy are its own
-        self._chosen, self.tallies = (None, False), []
+        self._chosen, self.tallies = (None, False), defaultdict(Tally)
         self._step_supports_amp_scaling = True
         super().__setstate__(state)
         for group in self.param_groups:  # saved by a version without some of the options

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from gradstats.errors import GradstatsError, MissingStatistic
-from gradstats.handle import Handle, Parted, Read, handle_of
+from gradstats.handle import Handle, Reader, handle_of
 from gradstats.optim.update import STATISTICS, Update
 from gradstats.sums import accumulation_dtype
-from gradstats.window import Window
+from gradstats.window import Reading, Window
 
 if TYPE_CHECKING:
     from gradstats.optim.base import ExampleOptimizer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-class Row(NamedTuple):
+class Member(NamedTuple):
     """A parameter that has a gradient, with raw sums of what was backpropagated through it."""
 
     parameter: Tensor
@@ -36,22 +36,22 @@ class Found(NamedTuple):
 
     group: int  # its index
     window: Window  # of the first of them
-    rows: list[Row]
+    members: list[Member]
 
 
 def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
     """All that a step moves; `batch_size` is what it was told. Raises: MissingStatistic, LifetimeError."""
     found: list[Found] = []
-    alone: list[tuple[int, Row]] = []
+    alone: list[tuple[int, Member]] = []  # with the index of their group
     zeroed = functools.cache(lambda handle: handle.zeroed())
     sizes: dict[Handle, int] = {}
     handle: Handle | None = None
     states = optimizer.state
     for index, group in enumerate(optimizer.param_groups):
-        windows = Windows(optimizer, group)
-        alike: dict[tuple[Any, ...], list[Row]] = {}
+        readers = Readers(optimizer, group)
+        alike: dict[tuple[Any, ...], list[Member]] = {}
         last: tuple[Any, ...] | None = None
-        rows: list[Row] = []
+        members: list[Member] = []
         for p in group["params"]:
             gradient = p.grad
             if gradient is None:
@@ -60,24 +60,24 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
             name = None if handle is None else handle.registered(p)
             if name is None:  # the last one's handle is faster to ask
                 handle, name = owner(p)
-            if not windows.reads and (handle is None or name is None or handle.replaced(name, gradient)):
-                alone.append((index, Row(p, gradient, state, {})))
+            if not readers.needs and (handle is None or name is None or handle.replaced(name, gradient)):
+                alone.append((index, Member(p, gradient, state, {})))
                 continue
             if handle is not None and zeroed(handle):
                 continue
-            parted = windows.of(p, gradient, state, handle, name)
-            if parted is None:
+            reading = readers.read(p, gradient, state, handle, name)
+            if reading is None:
                 continue
-            sums, read, numbers = parted
+            sums, mean, common = reading
             if handle is not None and handle.granularity != "example":
-                check_size(handle, name, numbers[0], sizes.setdefault(handle, numbers[0]))
-            key = bool(sums), numbers
-            if key != last:
-                last, known = key, alike.get(key)
-                rows = alike[key] = known if known is not None else []
-                if known is None:
-                    found.append(Found(index, Window(sums, read, *numbers), rows))
-            rows.append(Row(p, gradient, state, sums))
+                size = common[0]
+                check_size(handle, name, size, sizes.setdefault(handle, size))
+            key = bool(sums), common  # without sums, the window was not gathered
+            if key != last:  # mostly the same, and sooner known than looked up
+                last, members = key, alike.setdefault(key, [])
+                if not members:
+                    found.append(Found(index, Window(sums, mean, *common), members))
+            members.append(Member(p, gradient, state, sums))
     return found + without_statistics(optimizer, alone, found, batch_size)
 
 
@@ -105,16 +105,18 @@ def check_size(handle: Handle, name: str | None, size: int, others: int) -> None
         )
 
 
-class Windows:
-    """Those of a group's parameters: asked once for all parameters of a handle that have statistics, or have none."""
+class Readers:
+    """Those of a group's parameters, one for all that a handle has."""
 
     def __init__(self, optimizer: ExampleOptimizer, group: dict[str, Any]):
         self.optimizer, self.group = optimizer, group
-        self.reads = tuple(STATISTICS[name][0] for name in optimizer.statistics(group))
+        self.needs = tuple(STATISTICS[name][0] for name in optimizer.statistics(group))
         self.needs_gradient = optimizer.needs_gradient(group)
-        self.known: dict[Handle, Read] = {}
+        self.known: dict[Handle, Reader] = {}
 
-    def of(self, p: Tensor, gradient: Tensor, state: State, handle: Handle | None, name: str | None) -> Parted | None:
+    def read(
+        self, p: Tensor, gradient: Tensor, state: State, handle: Handle | None, name: str | None
+    ) -> Reading | None:
         """None where there is none and none is needed: for distributed checkpointing's empty step, or an unused layer
         whose gradient was zeroed in place. Raises: MissingStatistic, LifetimeError."""
         try:
@@ -126,11 +128,11 @@ class Windows:
             name = name or handle.name_of(p)
             read = self.known.get(handle)
             if read is None:
-                if self.reads and handle.sampled:
+                if self.needs and handle.sampled:
                     check_sampled(self.optimizer, self.group, state, handle)
-                read = windows_of(self.optimizer, handle, self.reads, self.needs_gradient)
-                if handle.every > 1 and self.reads:
-                    read = read_or_wait(read, windows_of(self.optimizer, handle, (), False), handle.skipped)
+                read = reader_of(self.optimizer, handle, self.needs, self.needs_gradient)
+                if handle.every > 1 and self.needs:
+                    read = where_gathered(read, reader_of(self.optimizer, handle, (), False), handle.skipped)
                 self.known[handle] = read
             return read(name, p, gradient)
         except MissingStatistic:
@@ -139,9 +141,9 @@ class Windows:
             raise
 
 
-def read_or_wait(read: Read, wait: Read, skipped: Callable[[str], bool]) -> Read:
-    """Without statistics where the window of a parameter was not gathered."""
-    return lambda name, p, gradient: (wait if skipped(name) else read)(name, p, gradient)
+def where_gathered(full: Reader, plain: Reader, skipped: Callable[[str], bool]) -> Reader:
+    """Without statistics for a parameter whose window was not gathered."""
+    return lambda name, p, gradient: (plain if skipped(name) else full)(name, p, gradient)
 
 
 def check_sampled(optimizer: ExampleOptimizer, group: dict[str, Any], state: State, handle: Handle) -> None:
@@ -154,32 +156,30 @@ def check_sampled(optimizer: ExampleOptimizer, group: dict[str, Any], state: Sta
         )
 
 
-def windows_of(optimizer: ExampleOptimizer, handle: Handle, reads: tuple[str, ...], needs_gradient: bool) -> Read:
-    """What was backpropagated through parameters of a handle, in the units in which their gradients are now."""
+def reader_of(optimizer: ExampleOptimizer, handle: Handle, needs: tuple[str, ...], needs_gradient: bool) -> Reader:
+    """Of what was backpropagated through parameters of a handle, in the units in which their gradients are now."""
     # GradScaler's step sets both, and the scale not if the gradient was unscaled already.
     found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
     by_hand = found_inf is None and handle.loss_scale is not None
-    unscaled = found_inf is not None and scale is None and bool(reads)
-    backpropagated = handle.reader(reads, needs_gradient or by_hand)
+    unscaled = found_inf is not None and scale is None and bool(needs)
+    read = handle.reader(needs, needs_gradient or by_hand)
     if unscaled and handle.loss_scale is None:
         raise GradstatsError(
             "scaler.unscale_(optimizer) unscales the gradients but not their squares: leave it to "
             "scaler.step(optimizer) and clip with max_norm, or name it, attach(..., grad_scaler=scaler)"
         )
-
     if not (by_hand or unscaled):
-        return backpropagated
+        return read
 
-    def without_loss_scale(name: str, p: Tensor, gradient: Tensor | None) -> Parted:
-        sums, read, numbers = backpropagated(name, p, gradient)
-        window = handle.without_loss_scale(name, Window(sums, read, *numbers), unscaled)
-        return sums, read, window[2:-1]
+    def without_loss_scale(name: str, p: Tensor, gradient: Tensor | None) -> Reading:
+        sums, mean, common = read(name, p, gradient)
+        return sums, mean, handle.without_loss_scale(name, Window(sums, mean, *common), unscaled).common
 
     return without_loss_scale
 
 
 def without_statistics(
-    optimizer: ExampleOptimizer, alone: list[tuple[int, Row]], found: list[Found], given: int | None
+    optimizer: ExampleOptimizer, alone: list[tuple[int, Member]], found: list[Found], given: int | None
 ) -> list[Found]:
     """Parameters of no attached model: the batch size is that of the others, or the one given to `step`."""
     sizes = {one.window.batch_size for one in found}
@@ -189,7 +189,7 @@ def without_statistics(
             f"attached model: leave batch_size away, statistics know it"
         )
     groups = optimizer.param_groups
-    moving = [one for one in alone if sizes or given is not None or float(groups[one[0]]["lr"]) != 0]
+    moving = [(i, member) for i, member in alone if sizes or given is not None or float(groups[i]["lr"]) != 0]
     if not moving:
         return []
     if given is None and len(sizes) != 1:
@@ -202,10 +202,10 @@ def without_statistics(
     if len(reductions) > 1:
         raise GradstatsError("models attached with different loss_reductions in one step: an optimizer each")
     (reduction,) = reductions
-    by_group: dict[int, list[Row]] = {}
-    for index, row in moving:
-        by_group.setdefault(index, []).append(row)
-    return [Found(index, Window({}, rows[0].gradient, b, reduction), rows) for index, rows in by_group.items()]
+    by_group: dict[int, list[Member]] = {}
+    for index, member in moving:
+        by_group.setdefault(index, []).append(member)
+    return [Found(i, Window({}, members[0].gradient, b, reduction), members) for i, members in by_group.items()]
 
 
 def allocate(p: Tensor, state: State, update: Update) -> None:
@@ -226,6 +226,6 @@ def allocate(p: Tensor, state: State, update: Update) -> None:
         state.setdefault(f"{name}_step", torch.tensor(0))
     for name in update.numbers:
         state.setdefault(name, torch.tensor(0.0, dtype=torch.float64))
-    for name in update.tallies:
+    for name in update.device_numbers:
         if name not in state:
             state[name] = torch.zeros((), dtype=dtype, device=p.device)

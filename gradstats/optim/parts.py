@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from gradstats.distributed.local import local, total
 from gradstats.distributed.spread import DTensor
 from gradstats.errors import GradstatsError
 from gradstats.optim.elementwise import Columns
-from gradstats.optim.found import Found, Row, State, allocate
+from gradstats.optim.found import Found, Member, State, allocate
 from gradstats.optim.tally import Tally
 from gradstats.optim.update import STATISTICS, Update
 from gradstats.sums import accumulation_dtype
@@ -64,7 +65,7 @@ class Part:
     states: list[State]
     columns: Columns  # "parameter", "gradient", raw sums and buffers, in one order
     one: Tensor  # of the parameters
-    tally: Tally  # of what these states, and maybe others, have seen
+    tally: Tally  # of the states' "step", and maybe of others'
 
     def total(self, sums: Tensor) -> Tensor:
         """Sums over all elements from those over the columns', which are this rank's where parameters are sharded."""
@@ -78,7 +79,7 @@ class Part:
                 state.setdefault(COVERED, state["step"].clone())
             if not self.update.waits:
                 add([state[COVERED] for state in self.states], self.age.stands_for)
-        if len(self.states) == len(self.tally):
+        if len(self.states) == len(self.tally):  # it has no others
             self.tally.add(b)
         else:
             add([state["step"] for state in self.states], b)
@@ -97,65 +98,65 @@ def parts_of(optimizer: ExampleOptimizer, found: Sequence[Found], loss_scale: fl
     `loss_scale` is what the loss was multiplied by while windows do not know of it.
     """
     parts: list[Part] = []
-    tallies = optimizer.next_tallies()
-    for index, window, found_rows in found:
+    number = count()  # of a kind: mostly that of the last step, so that states find their tally again
+    for index, window, of_window in found:
         group, b = optimizer.param_groups[index], window.batch_size
-        for _, of_kind in alike(found_rows, kinds(found_rows)):
+        for _, of_kind in alike(of_window, kinds(of_window)):
             update = update_of(optimizer, group, of_kind[0].state, window)
             complete(update, of_kind)
-            tally = next(tallies)
-            for (before, waiting, younger, _), rows in alike(of_kind, counts(update, of_kind, tally, b)):
+            tally = optimizer.tallies[next(number)]
+            for (before, waiting, younger, _), members in alike(of_kind, ages(update, of_kind, tally, b)):
                 if update.waits and waiting == before:  # there is no average yet
                     continue
                 age = Age(b, before + b, younger, waiting, update.waits)
                 scalars = common_scalars(group, age, update, window, loss_scale)
                 scalars |= optimizer.scalars(group, age, update)
-                states, columns = [row.state for row in rows], columns_of(update, rows)
-                parts.append(Part(group, age, update, scalars, states, columns, rows[0].parameter, tally))
+                states, columns = [member.state for member in members], columns_of(update, members)
+                parts.append(Part(group, age, update, scalars, states, columns, members[0].parameter, tally))
     return parts
 
 
-def alike(rows: list[Row], keys: list[Any]) -> Iterable[tuple[Any, list[Row]]]:
-    """Rows by their keys."""
+def alike(members: list[Member], keys: list[Any]) -> Iterable[tuple[Any, list[Member]]]:
+    """Those of one key together."""
     if keys.count(keys[0]) == len(keys):  # mostly, and sooner known than sorted
-        return [(keys[0], rows)]
-    found: dict[Any, list[Row]] = {}
-    for row, key in zip(rows, keys, strict=True):
-        found.setdefault(key, []).append(row)
+        return [(keys[0], members)]
+    found: dict[Any, list[Member]] = {}
+    for member, key in zip(members, keys, strict=True):
+        found.setdefault(key, []).append(member)
     return found.items()
 
 
-def kinds(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
-    """What decides the update of each, and which one kernel moves."""
-    return [(p.dtype, p.device, p.device_mesh if isinstance(p, DTensor) else None, *state) for p, _, state, _ in rows]
+def kinds(members: Sequence[Member]) -> list[tuple[Any, ...]]:
+    """What decides the update of each, and with which others one kernel can move it."""
+    return [(p.dtype, p.device, p.device_mesh if isinstance(p, DTensor) else None, *s) for p, _, s, _ in members]
 
 
-def complete(update: Update, rows: Sequence[Row]) -> None:
+def complete(update: Update, members: Sequence[Member]) -> None:
     """Allocates what the update keeps of the parameters, and is not there yet."""
-    dtype, names = accumulation_dtype(rows[0].parameter.dtype), update.buffers
-    if any(name not in row.state or row.state[name].dtype != dtype for row in rows for name in names):
-        for row in rows:
-            allocate(row.parameter, row.state, update)
+    dtype, names = accumulation_dtype(members[0].parameter.dtype), update.buffers
+    if any(name not in one.state or one.state[name].dtype != dtype for one in members for name in names):
+        for one in members:
+            allocate(one.parameter, one.state, update)
 
 
-def counts(
-    update: Update, rows: Sequence[Row], tally: Tally, b: int
-) -> list[tuple[int, int, tuple[Any, ...], tuple[float, ...]]]:
+def ages(
+    update: Update, members: Sequence[Member], tally: Tally, b: int
+) -> list[tuple[int, int, tuple[tuple[str, int], ...], tuple[float, ...]]]:
     """What decides the scalars of each: the examples that its state has seen, how many of them its averages of
     statistics still wait for, those of its younger buffers with this batch, and its numbers."""
     found, younger, numbers = [], update.younger, update.numbers
-    states = [row.state for row in rows]
+    states = [member.state for member in members]
     missed = COVERED in states[0]
     for state, before in zip(states, tally.of(states), strict=True):
         waiting: int = before - state[COVERED].item() if missed else 0
-        ages = [(name, int(state[f"{name}_step"]) + update.growth(name, b, waiting)) for name in younger]
-        found.append((before, waiting, tuple(ages), tuple([float(state[name]) for name in numbers])))
+        grown = [(name, int(state[f"{name}_step"]) + update.growth(name, b, waiting)) for name in younger]
+        found.append((before, waiting, tuple(grown), tuple([float(state[name]) for name in numbers])))
     return found
 
 
-def columns_of(update: Update, rows: Sequence[Row]) -> Columns:
+def columns_of(update: Update, members: Sequence[Member]) -> Columns:
     """Parameters, gradients, raw sums and buffers, all in one order; of sharded ones, what is here."""
-    parameters, gradients, states, sums = map(list, zip(*rows, strict=True))
+    parameters, gradients, states, sums = map(list, zip(*members, strict=True))
     columns: Columns = {"parameter": parameters, "gradient": [g.to_dense() if g.is_sparse else g for g in gradients]}
     for name in update.reads:
         columns[name] = [one[name] for one in sums]

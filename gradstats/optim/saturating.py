@@ -32,7 +32,7 @@ class SaturatingUpdate(ScaledUpdate):
         return ("squared_mean", "variance") if self.by_coordinate else ()
 
     @property
-    def tallies(self) -> tuple[str, ...]:
+    def device_numbers(self) -> tuple[str, ...]:
         return () if self.by_coordinate else NUMBERS
 
     def averages(self, x: Values, k: Values) -> dict[str, Tensor]:

@@ -13,23 +13,22 @@ from torch import Tensor
 
 from gradstats.sums import addressable
 
-STEP = "step"
-
 
 class Tally:
-    """Counts of states, which hold its entries as their "step" for as long as they are those asked for. It is empty
-    where tensors are only traced."""
+    """The "step" of states, each an element of one array, and a tensor to those who read it, save it or change it in
+    place. It is of the states that were asked for last, whose "step" nobody has replaced; of none where tensors are
+    only traced, and have no memory."""
 
     def __init__(self) -> None:
-        self.entries: list[Tensor] = []
-        self.counts = array("q")  # the memory of the entries
+        self.counts = array("q")
+        self.entries: list[Tensor] = []  # views of the counts, one by one
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def of(self, states: Sequence[dict[str, Any]]) -> list[int]:
-        """What each has seen, whoever changed it."""
-        held = [state[STEP] for state in states]
+        """What each has seen, whoever changed it; from here on in this memory."""
+        held = [state["step"] for state in states]
         if len(held) != len(self.entries) or not all(map(is_, held, self.entries)):
             if not addressable(*held):
                 self.entries = []
@@ -37,7 +36,7 @@ class Tally:
             self.counts = array("q", map(int, held))
             self.entries = list(torch.frombuffer(self.counts, dtype=torch.int64).unbind())
             for state, entry in zip(states, self.entries, strict=True):
-                state[STEP] = entry
+                state["step"] = entry
         return self.counts.tolist()
 
     def add(self, number: int) -> None:

@@ -93,7 +93,7 @@ class Update(ABC):
         return ()
 
     @property
-    def tallies(self) -> tuple[str, ...]:
+    def device_numbers(self) -> tuple[str, ...]:
         """State that is one number, zero at first, on the parameter's device; the optimizer's `prepare` moves it."""
         return ()
 
