@@ -84,19 +84,19 @@ def _all(verdicts: Iterable[Verdict]) -> Verdict:
 def _step(found: Analysis) -> list[Finding]:
     """From all learning rates up to the tuned one."""
     seen = {label: found.ends_within(label) for label in found.plain}
-    judged = [label for label, belows in seen.items() if len(belows) > 1]
+    sloping = [label for label, belows in seen.items() if len(belows) > 1]
 
     def ends(label: str) -> str:
         told = [f"{found.breakdown(label, below).text()} at {found.lr(label, below):.2g}" for below in seen[label]]
         return f"{label}: {found.slope([label])}, with B and lr of {', '.join(told) or 'none'}"
 
-    slope = found.slope(judged) if judged else Estimate(np.nan, np.nan, np.nan)
+    slope = found.slope(sloping) if sloping else Estimate(np.nan, np.nan, np.nan)
     return [
         Finding(
             "It is the step that ends invariance: the batch size B where it ends falls with the learning rate",
             slope.verdict(0),
-            f"Slope of ln(B) along ln(lr), a mean of {len(judged)} methods: {slope}. The limit of a statistic, or of a "
-            f"horizon, knows no learning rate: a slope of 0. {'; '.join(map(ends, seen))}.",
+            f"Slope of ln(B) along ln(lr), a mean of {len(sloping)} methods: {slope}. The limit of a statistic, or of "
+            f"a horizon, knows no learning rate: a slope of 0. {'; '.join(map(ends, seen))}.",
         ),
         *(
             Finding(

@@ -16,7 +16,7 @@ from experiments.cube import cube
 from experiments.estimate import Array, Estimate, Rows
 from experiments.jobs import Result
 from experiments.laboratory.knee import Knee, fitted, steps_law
-from experiments.laboratory.noise_scale.arrivals import Arrivals, arrivals
+from experiments.laboratory.noise_scale.arrivals import Arrivals, arrivals, reached
 from experiments.laboratory.noise_scale.measure import METHODS, WHOLE
 from experiments.laboratory.schemas import NoiseScaleConfig
 
@@ -50,8 +50,8 @@ class Followed:
 
 @dataclass(frozen=True)
 class Analysis:
-    """By contestant and target, arrivals: of each batch size; told: ln of what the noise scale along each followed run
-    tells (S,), not a number of one that does not come to the target."""
+    """By contestant and target, arrivals: of each batch size; told_by_run: ln of the critical batch size that the noise
+    scale along each followed run tells (S,), not a number of one that does not come to the target."""
 
     settings: NoiseScaleConfig
     contest: Contest
@@ -129,7 +129,7 @@ class Analysis:
     def least_steps(self, label: str, target: float) -> Estimate | str:
         """At the largest batch size."""
         largest = self.arrivals[label, target][-1]
-        return largest.told() if largest.is_censored else self.contest.over_finite(largest.steps)
+        return largest.text() if largest.is_censored else self.contest.over_finite(largest.steps)
 
     def knee(self, label: str, target: float, rows: Rows) -> Knee:
         """No number where steps are censored."""
@@ -158,10 +158,9 @@ def told_by_noise(examples: Sequence[int], loss: Array, scale: Array, level: flo
     loss and scale are logarithms (T,). Before the first look the noise scale is that of the first. Not a number if the
     loss is not reached.
     """
-    if not (loss <= level).any():
+    end = reached(examples, loss, level)
+    if np.isinf(end):
         return float("nan")
-    i = int(np.flatnonzero(loss <= level)[0])
-    end = examples[0] if i == 0 else np.interp(-level, -loss[i - 1 : i + 1], examples[i - 1 : i + 1])
     N = np.exp(np.interp(np.linspace(0, end, 501), examples, scale))
     ds = 1 / (1 + N / batch_size)
     return float((N * ds).mean() / ds.mean())

@@ -34,7 +34,7 @@ class Arrivals:
         """Steps that are inf are more than that."""
         return self.budget / self.batch_size
 
-    def told(self) -> str:
+    def text(self) -> str:
         """The steps of all seeds."""
         return f"more than {self.bound:.3g}" if self.is_censored else f"{self.steps(self._everyone):.3g}"
 

@@ -79,7 +79,7 @@ def _norms(found: Analysis, label: str, norm: str) -> Finding:
 
 def _law(found: Analysis, label: str, target: float) -> Finding:
     misfit = found.contest.over_finite(lambda rows: math.exp(found.knee(label, target, rows).misfit))
-    told = ", ".join(f"{one.told()} at B = {one.batch_size}" for one in found.arrivals[label, target])
+    told = ", ".join(f"{one.text()} at B = {one.batch_size}" for one in found.arrivals[label, target])
     fit = f"B_crit is {found.measured_size(label, target)}, and the furthest off is by a factor of {misfit}."
     return Finding(
         f"{label}: steps to a training loss of {target:g} are S_min (1 + B_crit/B), within {FITS:.0%}",

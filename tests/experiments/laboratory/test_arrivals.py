@@ -27,13 +27,13 @@ def of(target: float, change: Callable[[Record, int], None] = lambda record, oct
 
 def test_steps_are_those_of_the_quickest_learning_rate():
     found = of(0.5)
-    assert found.steps(EVERYONE) == pytest.approx(EXPECTED) and found.told() == f"{EXPECTED:.3g}"
+    assert found.steps(EVERYONE) == pytest.approx(EXPECTED) and found.text() == f"{EXPECTED:.3g}"
     assert not found.is_censored and not found.at_edge
 
 
 def test_a_loss_that_no_run_has_is_censored():
     found = of(0.05)
-    assert found.steps(EVERYONE) == math.inf and found.told() == "more than 256"
+    assert found.steps(EVERYONE) == math.inf and found.text() == "more than 256"
     assert found.is_censored and not found.at_edge
 
 
