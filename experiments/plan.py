@@ -85,7 +85,7 @@ def plan(config: Config, ranks: Ranks) -> Plan:
     with FakeTensorMode():
         one = setting(config, ranks.world_size, ranks.parallel is Parallel.fsdp)
         step = plain(one.model, one.loss)
-        layers = price(step.calls, one.sums)
+        layers = price(step.calls, one.sums, config.device is Device.cuda)
         held = memory(one, step, layers)
         overhead, measured_on = 1.0, None
         if one.sums:

@@ -63,14 +63,14 @@ class Layer:
         return (2 + self.call.input.differentiable) * sum(one.gradient for one in self.works)
 
 
-def price(calls: Collection[Call], sums: Collection[str]) -> list[Layer]:
+def price(calls: Collection[Call], sums: Collection[str], on_gpu: bool = False) -> list[Layer]:
     """Of all layers of a step. Raises: UserError for a layer without a rule, and for a parameter of several layers that
     are not an embedding and one other."""
     layers: list[Layer] = []
     users: dict[Tensor, list[tuple[Layer, Contribution]]] = {}
     for call in calls:
         forms, held, peak = differentiated(call)
-        works = [work(form, sums) for form in forms.values()]
+        works = [work(form, sums, on_gpu) for form in forms.values()]
         temporary = max(peak, held + max((one.temporary for one in works), default=0))
         layers.append(Layer(call, works, temporary))
         for name, form in forms.items():

@@ -13,7 +13,7 @@ Squares: 2 for each entry of a contribution that is formed, n o i, and added up;
 of Outer. In time they count where positions are few.
 
 Bytes beside operands and results are those of the kernels in C++ and in Triton, which keep contributions in registers,
-where there are any, and of the first way otherwise.
+where there are any, and of the first way otherwise: of Outer on a GPU, the squares of its factors.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Work(NamedTuple):
     temporary: int = 0
 
 
-def work(form: Contribution, sums: Collection[str]) -> Work:
+def work(form: Contribution, sums: Collection[str], on_gpu: bool = False) -> Work:
     """Of these sums of one parameter. Raises: UserError for sums and forms that have no formula here."""
     if unknown := set(sums) - OF_SQUARES:
         raise UserError(f"no formula says what {', '.join(sorted(unknown))} costs: choose an optimizer of squares")
@@ -57,8 +57,9 @@ def work(form: Contribution, sums: Collection[str]) -> Work:
         case Outer():
             factors = n * sum(form.shape)
             norms = 2 * factors * ("squared_norms" in sums)
-            squares = factors * squared + norms
-            return Work(name, 1, 2 * n * size, 2 * n * size * squared, squares, itemsize * factors * squared)
+            squares = factors * squared
+            temporary = itemsize * squares if on_gpu else 0
+            return Work(name, 1, 2 * n * size, 2 * n * size * squared, squares + norms, temporary)
         case OuterSum():
             rounded = form.dtype.itemsize < itemsize  # the gradient is summed in float32 first
             t = form.d.shape[1]

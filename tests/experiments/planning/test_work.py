@@ -21,7 +21,7 @@ from experiments.planning.trace import OF_CPU, plain
 from experiments.planning.work import work
 from gradstats.choice import unmeasured
 from gradstats.forms.dense import Dense
-from gradstats.forms.outer import OuterSum
+from gradstats.forms.outer import Outer, OuterSum
 from gradstats.joint import look
 from gradstats.native import outer_sum
 
@@ -107,6 +107,12 @@ def test_squares_are_those_of_what_is_formed() -> None:
     with unmeasured():
         assert counted(model, x, squared) - plainly == weight.squares == 2 * B * 600 * 100
     assert bias.squares == 2 * B * 100
+
+
+def test_squares_of_factors_are_in_memory_where_no_kernel_squares_them() -> None:
+    form = Outer(torch.zeros(B, 7), torch.zeros(B, 9))
+    assert work(form, SQUARES).temporary == 0
+    assert work(form, SQUARES, on_gpu=True).temporary == form.d.square().nbytes + form.a.square().nbytes
 
 
 def test_a_head_waits_with_its_values_where_the_embedding_is_looked_up() -> None:
