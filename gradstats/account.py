@@ -191,7 +191,7 @@ class Account:
             self.left = self.handle.note(p.grad)
 
     def note_again(self) -> None:
-        """p.grad was as it had been left when the backward pass began that is over, or this one has left it."""
+        """As `Handle.note_again`, unless the gradient was changed before the pass, or by what the leaf has not returned."""
         grad = self.parameter.grad if self.present else None
         if grad is not None and self.left is not None and self._explained and not self.unseen:
             self.left = self.handle.note(grad)

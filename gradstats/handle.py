@@ -250,7 +250,8 @@ class Handle(Readable):
         raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
 
     def note_again(self) -> None:
-        """Gradients that are views of a bucket are as the backward pass left them now that it is over."""
+        """A backward pass is over: gradients are as it left them, although those that are views of one bucket share a
+        version, which what was accumulated into the others has changed since."""
         raise GradstatsError(f"{type(self).__name__} does not exchange statistics between ranks")
 
     # Clipping

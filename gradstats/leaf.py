@@ -296,13 +296,13 @@ class Leaf:
         return torch._C._will_engine_execute_node(self._accumulator)
 
     def begin(self, used: Mapping[str, Use], contributing: Collection[str], n: int, generation: int) -> None:
-        """Called by the Function's backward before anything is computed; some parameters contribute to this call."""
+        """Called by the Function's backward before it makes sums of the parameters that contribute to this call."""
         if used:
             reached = [use for name, use in used.items() if name in contributing or use.collects]
             self.handle.lifetime.begin_backward(self.title, reached, n, generation)
 
     def record(self, used: Mapping[str, Use], generation: int, gradients: Gradients, sums: Sums) -> None:
-        """The same before anything is accumulated, with the sums that have no shadow."""
+        """Called by it before anything is accumulated, with the sums that have no shadow."""
         for name, use in used.items():
             own = {kind: value for (owner, kind), value in sums.items() if owner == name}
             use.account.record(generation, gradients.get(name), use.uses.units if use.collects else 0, own)

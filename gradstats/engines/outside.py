@@ -118,7 +118,7 @@ class OutsideHandle(Handle):
         return left is not None and untouched(self.parameters()[name].grad, left.state)
 
     def begins(self, name: str) -> bool:
-        """Of a gradient that arrives, the same."""
+        """Whether a gradient that arrives is the first since zero_grad()."""
         looked = self._looked_at(name)
         return self.fresh(name) if looked is None else looked.zeroed
 
@@ -128,7 +128,7 @@ class OutsideHandle(Handle):
         return not self.untouched(name) if looked is None else looked.unseen
 
     def _looked_at(self, name: str) -> Sums | None:
-        """What `begin_pass` has found: since then, what arrived for others may have left its mark."""
+        """What `begin_pass` has found: since then, others that arrived may have changed the version of this one's."""
         return None if self.exchange is None else self._sums.get(name)
 
     def of_one(self, name: str, gradient: Tensor) -> Reduction:
