@@ -66,3 +66,22 @@ def test_a_parameter_that_misses_a_step(missing):
         optimizer.step()
     ages = {name: int(optimizer.state[p]["step"]) for name, p in model.named_parameters()}
     assert ages == {name: 15 if name == f"{missing}.weight" else 20 for name in ages}
+
+
+def test_states_keep_their_counts_from_step_to_step():
+    """One tally for each of several kinds, which every step finds again."""
+    model = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1).double(), nn.Linear(3, 1)])
+    stats = gradstats.attach(model)
+    groups = [{"params": list(model[:2].parameters())}, {"params": list(model[2].parameters()), "lr": 1e-2}]
+    optimizer = BatchInvariantAdam(groups, lr=1e-3, batch_size=2)
+
+    def step(x):
+        optimizer.zero_grad()
+        stats.new_examples()
+        sum(layer(x.to(layer.weight.dtype)).square().mean().double() for layer in model).backward()
+        optimizer.step()
+        return [optimizer.state[p]["step"] for p in model.parameters()]
+
+    first, second = step(torch.randn(5, 3)), step(torch.randn(5, 3))
+    assert all(one is other and int(one) == 10 for one, other in zip(first, second, strict=True))
+    assert [len(tally) for tally in optimizer.tallies.values()] == [2, 2, 2]
