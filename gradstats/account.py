@@ -191,7 +191,7 @@ class Account:
             self.left = self.handle.note(p.grad)
 
     def note_again(self) -> None:
-        """As `Handle.note_again`, unless the gradient was changed before the pass, or by what the leaf has not returned."""
+        """As `Handle.note_again`, unless something else than what leaves return has changed the gradient."""
         grad = self.parameter.grad if self.present else None
         if grad is not None and self.left is not None and self._explained and not self.unseen:
             self.left = self.handle.note(grad)

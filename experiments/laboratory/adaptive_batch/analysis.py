@@ -96,8 +96,8 @@ class Analysis:
         return compared(self.tuned[label], self.tuned[other], held_out)
 
     def ratio_at_equal(self, price: str, growing: str, other: str, held_out: bool = False) -> Estimate:
-        """Where the other has as many seconds, or steps: as these seeds have them, of which every resample has others.
-        So the uncertainty of what examples cost is in the interval."""
+        """Where the other has as many seconds, or steps. What examples cost is measured too: with the share of every
+        resample the other's loss moves along its slope, so that this uncertainty is in the interval."""
         one, limited = self.tuned[growing], self.limited[price, growing, other]
         measured = self._log_share(price, growing, other, one.everyone)
 
@@ -118,8 +118,8 @@ class Analysis:
         return float(np.log(np.median(paid / whole)))
 
     def _slope(self, label: str, limited: Tuned, rows: Rows, held_out: bool) -> float:
-        """d ln(loss) / d ln(examples) at the budget, towards the one it was tuned over that is farthest from it; 0 if
-        there is none."""
+        """d ln(loss) / d ln(examples), from this limit to the farthest from it of the counts of examples that the
+        contender was tuned over; 0 if there is no other."""
         tuned = [self.tuned[label], *(one for (*_, rival), one in self.limited.items() if rival == label)]
         apart = [float(np.log(one.examples / limited.examples)) for one in tuned]
         farthest = int(np.abs(apart).argmax())

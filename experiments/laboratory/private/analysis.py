@@ -87,10 +87,9 @@ class Analysis:
     def clipped(self, method: str, epsilon: float) -> Estimate:
         return self.over(lambda rows: self.mean(method, epsilon, "clipped", rows), percent=True)
 
-    def best(self, epsilon: float | None, rows: Rows | None = None) -> str:
+    def best(self, epsilon: float | None) -> str:
         """The method with the lowest training loss, which is what is tuned."""
-        chosen = self.everyone if rows is None else rows
-        return min(METHODS, key=lambda method: self.mean(method, epsilon, "log_loss", chosen))
+        return self._best(epsilon, self.everyone)
 
     def best_accuracy(self, epsilon: float | None) -> Estimate:
         """That of the best method, which is chosen anew in every resample."""
@@ -102,8 +101,11 @@ class Analysis:
             lambda rows: self._best_accuracy(None, rows) - self._best_accuracy(epsilon, rows), percent=True
         )
 
+    def _best(self, epsilon: float | None, rows: Rows) -> str:
+        return min(METHODS, key=lambda method: self.mean(method, epsilon, "log_loss", rows))
+
     def _best_accuracy(self, epsilon: float | None, rows: Rows) -> float:
-        return self.mean(self.best(epsilon, rows), epsilon, "accuracy", rows)
+        return self.mean(self._best(epsilon, rows), epsilon, "accuracy", rows)
 
     def times(self, other: str) -> Estimate:
         """What a step of it takes, over ours."""
