@@ -55,7 +55,8 @@ class Exchange:
         self._warned = False
         # Of a bucket, gradients share one version: what is accumulated into one leaves its mark on all of them.
         self._views = ddp.gradient_as_bucket_view
-        self._moving: dict[Handle, dict[str, Tensor]] | None = {} if self._views else None  # samples of gradients
+        # Samples of the first gradients that were averaged, until DDP has moved them.
+        self._moving: dict[Handle, dict[str, Tensor]] | None = {} if self._views else None
         self._joins = False  # ranks may end earlier than others: torch's Join
         self.rides = True  # sums can go with the gradients
         try:

@@ -31,8 +31,8 @@ def sums(d: Tensor, a: Tensor, names: Collection[str]) -> Reduction:
     """Of c_b = sum_t d_bt a_bt^T, d (n, t, o) and a (n, t, i): sum_b c_b, and "sum_of_squares" and "squared_norms" as
     far as `names` has them (one of them at least). Sums are float32, or float64 for float64.
 
-    About the time of torch's matmul for sum_b c_b alone: c_b stays in registers, or with one position what is packed for
-    the one matmul is squared for the other. The same bit for bit for any number of threads.
+    About the time of torch's matmul for sum_b c_b alone: c_b stays in registers, or with one position what is packed
+    for one matmul is squared for the other. The same bit for bit for any number of threads.
     """
     kernels = native.library()
     assert kernels is not None
