@@ -30,7 +30,7 @@ GRANULARITIES = ("example", "token", "microbatch")
 # Raw sums of one parameter, how many examples they are over, p.grad as the last backward pass left it, and over how
 # many ranks it is averaged.
 Entry = tuple[dict[str, Tensor], int, Left | None, float]
-# Of one parameter after another, given by name, itself and p.grad.
+# Reads the windows of one parameter after another, given by name, itself and p.grad.
 Reader = Callable[[str, Tensor, Tensor | None], Reading]
 
 # From a parameter to the handle that keeps its statistics; weak on both sides.

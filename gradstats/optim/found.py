@@ -106,7 +106,7 @@ def check_size(handle: Handle, name: str | None, size: int, others: int) -> None
 
 
 class Readers:
-    """Those of a group's parameters, one for all that a handle has."""
+    """What reads the windows of a group's parameters: one reader for all that a handle has."""
 
     def __init__(self, optimizer: ExampleOptimizer, group: dict[str, Any]):
         self.optimizer, self.group = optimizer, group
