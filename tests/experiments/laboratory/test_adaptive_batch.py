@@ -174,15 +174,14 @@ def test_an_interval_has_the_uncertainty_of_what_examples_cost(config: Config):
 def test_seconds_are_of_processor_time(monkeypatch: pytest.MonkeyPatch):
     """What waits for another program takes none."""
     problem = problem_of(compose_config(["model.widths=[8]"]))
-    waited = 0.0
+    waited, computes = 0.0, runs.backward
 
     def backward(*given: Any) -> None:
         nonlocal waited
         time.sleep(0.05)
         waited += 0.05
-        slow(*given)
+        computes(*given)
 
-    slow = runs.backward
     monkeypatch.setattr(runs, "backward", backward)
     (now,) = stepping(problem, "batch_invariant_adam", Contender(16, 16), 8e-3, 1280, 0, 0, [128])
     assert 0 < now.seconds < waited
