@@ -51,6 +51,43 @@ def test_copies_and_files_have_numbers_of_their_own():
         assert Tally().of(other) == [1, 2] and [int(state["step"]) for state in held] == [6, 7]
 
 
+def move(steps):
+    """What is done to all tensors of a state, to have them on another device."""
+    for step in steps:
+        step.data = step.data.clone()
+
+
+def swap(steps):
+    torch.utils.swap_tensors(steps[1], torch.tensor(70))
+
+
+@pytest.mark.parametrize(("change", "seen"), [(move, [7, 9]), (swap, [7, 70])])
+def test_counts_that_were_moved(change, seen):
+    """The states hold the same tensors, whose numbers are elsewhere from then on."""
+    tally, held = Tally(), states(3, 5)
+    tally.of(held)
+    tally.add(4)
+    change([state["step"] for state in held])
+    assert tally.of(held) == seen
+    tally.add(4)
+    assert [int(state["step"]) for state in held] == [count + 4 for count in seen]
+
+
+def test_counts_that_are_shared_with_another_process():
+    """As what a queue sends to one is: it sees every step that is taken here."""
+    model = nn.Linear(3, 2)
+    gradstats.attach(model)
+    optimizer = BatchInvariantAdam(model.parameters(), lr=1e-3, batch_size=2)
+    for step in range(3):
+        model(torch.randn(5, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            shared = [optimizer.state[p]["step"].share_memory_() for p in model.parameters()]
+    assert [int(count) for count in shared] == [15, 15]
+    assert all(optimizer.state[p]["step"] is count for p, count in zip(model.parameters(), shared, strict=True))
+
+
 @pytest.mark.parametrize("missing", [0, 2])
 def test_a_parameter_that_misses_a_step(missing):
     """It is as old as its own steps, whatever memory its count shared before."""
