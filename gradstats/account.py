@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradstats.distributed.totals import Totals, unshared
 from gradstats.errors import CoverageError, LifetimeError, MissingStatistic
-from gradstats.gradient import Left, fresh, untouched
+from gradstats.gradient import Left, fresh, same_sample, sample, untouched
 from gradstats.sums import SUMS, RawSum
 
 if TYPE_CHECKING:
@@ -189,11 +189,16 @@ class Account:
     def _accumulated(self, p: Tensor) -> None:
         if p.grad is not None and self._explained:
             self.left = self.handle.note(p.grad)
+            if self.handle.exchange is not None and len(p._post_accumulate_grad_hooks) > 1:  # type: ignore[arg-type]
+                self.left.sample = sample(p.grad)  # what the user's hooks change is noticed in `note_again`
 
     def note_again(self) -> None:
         """As `Handle.note_again`, unless something else than what leaves return has changed the gradient."""
         grad = self.parameter.grad if self.present else None
-        if grad is not None and self.left is not None and self._explained and not self.unseen:
+        looked_at = self.generations and not self.unseen  # then
+        if grad is None or self.left is None or not self._explained or not looked_at:
+            return
+        if self.left.sample is None or same_sample(grad, self.left.sample):
             self.left = self.handle.note(grad)
 
     def _outside(self, incoming: Tensor) -> CoverageError:

@@ -261,7 +261,7 @@ class OutsideHandle(Handle):
     def note_again(self) -> None:
         for name, own in self._sums.items():
             grad = self.parameters()[name].grad
-            if grad is not None and own.left is not None and not own.unseen:
+            if grad is not None and own.left is not None and not (own.unseen or own.zeroed):
                 own.left = self.note(grad)
 
     def left(self, name: str) -> Left | None:

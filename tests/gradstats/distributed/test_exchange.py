@@ -207,6 +207,69 @@ def test_a_gradient_that_was_changed_in_a_bucket(two, syncs):
     two(changed_in_views, syncs)
 
 
+def hooked_in_views(factor):
+    """By a hook of the user's, in a pass that does not average."""
+    model, x, y = problem()
+    ddp = ddp_of(model, gradient_as_bucket_view=True)
+    stats = gradstats.attach(ddp, "variance")
+
+    def change(p):
+        p.grad.mul_(factor)
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(change)
+    with ddp.no_sync():
+        loss_of(ddp(share(x[:8])), share(y[:8])).backward()
+    with nullcontext() if factor == 1 else pytest.raises(LifetimeError, match="was changed in place"):
+        stats.variance["0.weight"]
+
+
+@pytest.mark.parametrize("factor", [1, 0.5])
+def test_a_gradient_that_a_hook_changes_in_a_bucket(two, factor):
+    two(hooked_in_views, factor)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x, names):
+        return sum(getattr(self, name)(x) for name in names)
+
+
+def branches(engine, views, zeroed, passes):
+    """The examples behind the first branch's weight, whose gradient is zeroed in place before a pass that is not
+    averaged and does not reach it, and what its statistics make of them."""
+    torch.manual_seed(0)
+    model, (_, x, y) = Branches().double(), problem()
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=views, find_unused_parameters=True)
+    options = {} if engine == "fused" else {"engine": engine}
+    stats = gradstats.attach(ddp, "second_moment", **options)
+    for i, names in enumerate(passes):
+        if i == 1:
+            for name in zeroed:
+                getattr(model, name).zero_grad(set_to_none=False)
+        rows = torch.arange(8 * i, 8 * i + 8)
+        with ddp.no_sync() if i == 1 else nullcontext():
+            loss_of(ddp(share(x[rows]), names), share(y[rows])).backward()
+    return stats.window("first.weight", ["sum_of_squares"]).batch_size, stats.second_moment["first.weight"]
+
+
+BOTH = ("first", "second")
+
+
+@pytest.mark.parametrize(
+    ("engine", "zeroed", "last"), [("fused", BOTH, ("first",)), ("microbatch", ("first",), BOTH)], ids=str
+)
+def test_zeroed_in_a_bucket_before_a_pass_that_does_not_reach_it(two, engine, zeroed, last):
+    """It is zeroed still when that pass is over."""
+    passes = (BOTH, ("second",), last)
+    with_views, without = (two(branches, engine, views, zeroed, passes)[0] for views in (True, False))
+    assert with_views[0] == without[0]
+    assert torch.equal(with_views[1], without[1])
+
+
 def unshared():
     model, x, y = problem()
     ddp = ddp_of(model)
