@@ -303,6 +303,7 @@ class Leaf:
 
     def record(self, used: Mapping[str, Use], generation: int, gradients: Gradients, sums: Sums) -> None:
         """Called by it before anything is accumulated, with the sums that have no shadow."""
+        self.handle.lifetime.returned = True
         for name, use in used.items():
             own = {kind: value for (owner, kind), value in sums.items() if owner == name}
             use.account.record(generation, gradients.get(name), use.uses.units if use.collects else 0, own)

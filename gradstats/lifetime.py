@@ -48,6 +48,9 @@ class Lifetime:
         self.backward_passes = 0
         self.cut_short = False  # a backward pass of a sharded model, by an exception
         self.started = False  # a leaf has been reached in the backward pass under way
+        self.returned = False  # and one of them has returned gradients, which autograd may have accumulated
+        self._begins = False  # it is the first through its generation
+        self.broken = False  # a pass of this window was cut short, in the midst of its gradients
         self.current = 0  # the generation that it is going through
         self._gathers = True  # whether it gathers
         self._tasks: set[int] = set()  # its graph tasks, nested ones included
@@ -95,10 +98,30 @@ class Lifetime:
         if in_backward():  # recomputed under checkpointing: this pass lasts until the task that asked for it ends
             self._watch()
             return self.current if self.started else self.generation
-        if self._tasks:  # a backward pass was cut short by an exception
-            self._close()
-            self.cut_short = self.shards is not None
+        self.look_back()
         return self.generation
+
+    def look_back(self) -> None:
+        """Was the last backward pass cut short by an exception? Nothing of it counts if no gradient had come of it."""
+        if not self._tasks or in_backward():
+            return
+        if self.started and self._begins and not self.returned:
+            self.sizes.pop(self.current, None)
+            for account in self.accounts:
+                account.generations.discard(self.current)
+        else:
+            self.broken |= self.started
+        self._close()
+        self.cut_short = self.shards is not None
+
+    def check(self) -> None:
+        """Raises: LifetimeError for a window in which a backward pass was cut short."""
+        self.look_back()
+        if self.broken:
+            raise LifetimeError(
+                "a backward pass was cut short by an exception, so that some gradients have its examples and others "
+                "have not. Call zero_grad() and backpropagate again"
+            )
 
     @property
     def gathers(self) -> bool:
@@ -174,6 +197,7 @@ class Lifetime:
                 for account in self.accounts:
                     if account.generations:
                         account.begin_use(self.backward_passes, self.first_open)
+            self.returned, self._begins = False, generation not in self.sizes
         self.current, self._gathers = generation, gathers
         if not gathers:
             self.plain.add(generation)
@@ -192,6 +216,7 @@ class Lifetime:
     def begin_plain(self, title: str, accounts: Sequence[Account], n: int, generation: int) -> None:
         """The same as `begin_backward` for a leaf's call that gathers nothing, as it does not without examples."""
         self._reach(title, accounts, n, generation, gathers=n == 0 and self.turns.gathers)
+        self.returned = True
         for account in accounts:
             account.generations.add(generation)
 
@@ -236,6 +261,7 @@ class Lifetime:
         self.of_ranks.clear()
         self.plain.clear()
         self.elsewhere = 0
+        self.broken = False
         for account in self.accounts:
             account.reset(first=0, keeps=keeps)
 

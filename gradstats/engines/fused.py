@@ -28,7 +28,7 @@ from gradstats.distributed.sharded import check, refuse_late, refuse_nested, sha
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.gradient import Left
-from gradstats.handle import Entry, Handle
+from gradstats.handle import Entry, Handle, Read
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
 from gradstats.probe import Probe
@@ -323,6 +323,10 @@ class FusedHandle(Handle):
         found, size, *_ = self.entry(name, needs)
         return found, size
 
+    def reader(self, needs: Sequence[str], needs_gradient: bool = False) -> Read:
+        self.lifetime.check()
+        return super().reader(needs, needs_gradient)
+
     def entry(self, name: str, needs: Sequence[str]) -> Entry:
         account, found = self.accounts[name], {}
         account.check()
@@ -365,6 +369,7 @@ class FusedHandle(Handle):
 
     @property
     def batch_size(self) -> int:
+        self.lifetime.look_back()
         return sum(self.lifetime.counts.values()) + self.lifetime.elsewhere
 
     def coverage(self) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradstats
-from gradstats import CoverageError, GradstatsError, LifetimeError, MissingStatistic, attach
+from gradstats import CoverageError, GradstatsError, LifetimeError, MissingStatistic, attach, function
 from tests import oracle
 
 B = 6
@@ -156,6 +156,47 @@ def test_exception_between_forward_and_backward(setting):
     h = model[1](model[0](x))
     with pytest.raises(ValueError, match="planted"):
         loss_of(model[2](Breaks.apply(h)), y).backward()
+    model.zero_grad()
+    step(model, x, y)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
+
+
+def cut_short(model, x, y, module):
+    """A backward pass whose memory ends where the sums of a module are made."""
+    reduce = function.reduce
+
+    def fails(call, contributions):
+        if call.leaf.module is module:
+            raise torch.OutOfMemoryError("planted")
+        return reduce(call, contributions)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(function, "reduce", fails)
+        with pytest.raises(torch.OutOfMemoryError, match="planted"):
+            step(model, x, y)
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_a_pass_that_leaves_no_gradient_does_not_count(setting, forward):
+    """As where the head's statistics do not fit, and a step goes on without this batch."""
+    model, x, y, expected, handle = setting
+    step(model, x, y)
+    cut_short(model, -x, y, model[2])
+    if forward:
+        model(x)
+    assert handle.batch_size == B and oracle.exact(handle, expected)
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_a_pass_that_leaves_some_gradients_is_refused(setting, forward):
+    model, x, y, expected, handle = setting
+    step(model, x, y)
+    cut_short(model, -x, y, model[0])
+    if forward:
+        model(x)
+    for name in ("0.weight", "2.weight"):
+        with pytest.raises(LifetimeError, match="cut short by an exception"):
+            handle.second_moment[name]
     model.zero_grad()
     step(model, x, y)
     assert handle.batch_size == B and oracle.exact(handle, expected)
