@@ -105,12 +105,11 @@ class Lifetime:
         """Was the last backward pass cut short by an exception? Nothing of it counts if no gradient had come of it."""
         if not self._tasks or in_backward():
             return
+        self.broken |= self.started and self.returned
         if self.started and self._begins and not self.returned:
             self.sizes.pop(self.current, None)
             for account in self.accounts:
                 account.generations.discard(self.current)
-        else:
-            self.broken |= self.started
         self._close()
         self.cut_short = self.shards is not None
 

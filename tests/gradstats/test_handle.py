@@ -187,6 +187,15 @@ def test_a_pass_that_leaves_no_gradient_does_not_count(setting, forward):
     assert handle.batch_size == B and oracle.exact(handle, expected)
 
 
+def test_a_second_pass_that_is_refused_changes_nothing(setting):
+    model, x, y, expected, handle = setting
+    loss = loss_of(model(x), y)
+    loss.backward(retain_graph=True)
+    with pytest.raises(LifetimeError, match="backpropagated twice"):
+        loss.backward()
+    assert handle.batch_size == B and oracle.exact(handle, expected)
+
+
 @pytest.mark.parametrize("forward", [False, True])
 def test_a_pass_that_leaves_some_gradients_is_refused(setting, forward):
     model, x, y, expected, handle = setting
