@@ -189,7 +189,8 @@ class Account:
     def _accumulated(self, p: Tensor) -> None:
         if p.grad is not None and self._explained:
             self.left = self.handle.note(p.grad)
-            if self.handle.exchange is not None and len(p._post_accumulate_grad_hooks) > 1:
+            exchange = self.handle.exchange
+            if exchange is not None and exchange.views and len(p._post_accumulate_grad_hooks) > 1:
                 self.left.sample = sample(p.grad)  # what the user's hooks change is noticed in `note_again`
 
     def note_again(self) -> None:

@@ -54,9 +54,9 @@ class Exchange:
         self._due = False  # that pass averages gradients
         self._warned = False
         # Of a bucket, gradients share one version: what is accumulated into one leaves its mark on all of them.
-        self._views = ddp.gradient_as_bucket_view
+        self.views = ddp.gradient_as_bucket_view
         # Samples of the first gradients that were averaged, until DDP has moved them.
-        self._moving: dict[Handle, dict[str, Tensor]] | None = {} if self._views else None
+        self._moving: dict[Handle, dict[str, Tensor]] | None = {} if self.views else None
         self._joins = False  # ranks may end earlier than others: torch's Join
         self.rides = True  # sums can go with the gradients
         try:
@@ -177,7 +177,7 @@ class Exchange:
         """A backward pass has ended, but for what others do at its end: DDP writes the gradients then."""
         if self._due:
             Variable._execution_engine.queue_callback(self.settle)
-        elif self._views:
+        elif self.views:
             for handle in self.handles:
                 handle.note_again()
 

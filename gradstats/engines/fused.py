@@ -28,7 +28,7 @@ from gradstats.distributed.sharded import check, refuse_late, refuse_nested, sha
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.gradient import Left
-from gradstats.handle import Entry, Handle, Read
+from gradstats.handle import Entry, Handle, Reader
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
 from gradstats.probe import Probe
@@ -323,7 +323,7 @@ class FusedHandle(Handle):
         found, size, *_ = self.entry(name, needs)
         return found, size
 
-    def reader(self, needs: Sequence[str], needs_gradient: bool = False) -> Read:
+    def reader(self, needs: Sequence[str], needs_gradient: bool = False) -> Reader:
         self.lifetime.check()
         return super().reader(needs, needs_gradient)
 
