@@ -43,7 +43,7 @@ class OnDevice:
 )
 def test_tensors(tensors, served, monkeypatch):
     monkeypatch.setattr(kernels, "compiles", lambda device: True)
-    monkeypatch.setattr(kernels, "addressable", lambda t: t.addressable)
+    monkeypatch.setattr(kernels, "addressable", lambda *tensors: all(t.addressable for t in tensors))
     assert kernels.available(*tensors) == served
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not kernels.available(*tensors)
