@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradstats.errors import GradstatsError, LifetimeError
 
-ADDRESSABLE, STRIDED = {Tensor, nn.Parameter}, {torch.strided}
+PLAIN, STRIDED = {Tensor, nn.Parameter}, {torch.strided}
 layout_of = attrgetter("layout")
 # The gradient, and sums by name.
 Reduction = tuple[Tensor, dict[str, Tensor]]
@@ -41,7 +41,7 @@ def wide(x: Tensor) -> Tensor:
 def addressable(*tensors: Tensor) -> bool:
     """Whether the numbers of tensors are what lies in their memory: no subclass but torch's own of parameters, no lazy
     negation, no implied zeros."""
-    plain = ADDRESSABLE.issuperset(map(type, tensors)) and STRIDED.issuperset(map(layout_of, tensors))
+    plain = PLAIN.issuperset(map(type, tensors)) and STRIDED.issuperset(map(layout_of, tensors))
     return plain and not any(map(Tensor.is_neg, tensors)) and not any(map(Tensor._is_zerotensor, tensors))
 
 

@@ -6,14 +6,28 @@
 //
 // with m the mean gradient and q the second moment of the batch: the equation of AdamUpdate (optim/adam.py) in one pass
 // over memory, or in its two phases, averages and parameters. No result depends on the number of threads.
+//
+// It looks at the tensors itself: from Python, that takes as long as the step of a small model.
+
+#include <c10/core/TensorImpl.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "numbers.h"
 
 namespace {
+
+using c10::DispatchKey;
+using c10::ScalarType;
+using c10::TensorImpl;
+
+// Of a tensor whose numbers are what lies in its memory. Lazy negation, implied zeros, sparsity, other devices, tracing
+// and torch.func have keys of their own, and tensors made in inference mode lack some, having no version.
+const c10::DispatchKeySet PLAIN(
+    {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
 
 enum Phase { BOTH, AVERAGES, MOVE };
 enum Partner { ITSELF, AVERAGE, PREVIOUS };
@@ -28,6 +42,9 @@ struct Scalars {
       : mean_scale(k[0]), second_moment_scale(k[1]), product(k[2]), square(k[3]), w1(k[4]), w2(k[5]), w3(k[6]),
         step(k[7]), eps(k[8]), decay(k[9]), first(k[10]), unbias(k[11]), inverse_reference(k[12]), clip(k[13]) {}
 };
+
+// In the order of Row.
+enum Column { PARAMETER, GRADIENT, MEAN, SECOND_MOMENT, SQUARES, LONG_RUN, BEFORE, COLUMNS };
 
 // One parameter's tensors: those that the equation does not have are null.
 template <class P, class S>
@@ -71,7 +88,7 @@ void move(const Row<P, S>& row, int64_t start, int64_t end, const Scalars<S>& k)
   }
 }
 
-// Addresses are (7, count), in the order of Row.
+// Addresses are (COLUMNS, count).
 template <int PHASE, int PARTNER, int BOUND, bool READS, class P, class S>
 void run(int64_t count, const int64_t* sizes, void* const* addresses, const double* numbers, int threads) {
   const Scalars<S> k(numbers);
@@ -85,8 +102,9 @@ void run(int64_t count, const int64_t* sizes, void* const* addresses, const doub
       const int64_t start = std::max<int64_t>(from - offset, 0), end = std::min(to - offset, sizes[c]);
       if (start >= end) continue;
       const auto address = [&](int column) { return addresses[column * count + c]; };
-      const Row<P, S> row{(P*)address(0),       (const P*)address(1), (S*)address(2), (S*)address(3),
-                          (const S*)address(4), (S*)address(5),       (S*)address(6)};
+      const Row<P, S> row{(P*)address(PARAMETER),     (const P*)address(GRADIENT), (S*)address(MEAN),
+                          (S*)address(SECOND_MOMENT), (const S*)address(SQUARES),  (S*)address(LONG_RUN),
+                          (S*)address(BEFORE)};
       move<PHASE, PARTNER, BOUND, READS>(row, start, end, k);
     }
   }
@@ -99,8 +117,9 @@ auto reading(bool reads) {
 
 template <class P, class S, int PHASE, int PARTNER>
 auto bounded(int bound, bool reads) {
-  return bound == OF_SQUARES ? reading<P, S, PHASE, PARTNER, OF_SQUARES>(reads)
-         : bound == OF_MEAN  ? reading<P, S, PHASE, PARTNER, OF_MEAN>(reads)
+  // Squares are read where their average is kept, and the mean is no bound of averages.
+  return bound == OF_SQUARES ? run<PHASE, PARTNER, OF_SQUARES, true, P, S>
+         : bound == OF_MEAN  ? reading<P, S, PHASE, PARTNER, PHASE == AVERAGES ? NONE : OF_MEAN>(reads)
                              : reading<P, S, PHASE, PARTNER, NONE>(reads);
 }
 
@@ -118,16 +137,40 @@ auto choose(int phase, int partner, int bound, bool reads) {
                              : bounded<P, S, MOVE, ITSELF>(bound, false);
 }
 
+// Tensors are (COLUMNS, count), those that the equation does not have null. False, and nothing is moved, if one of them
+// is not as it is wanted.
+template <class P, class S>
+bool step(int phase, int partner, int bound, bool reads, int64_t count, TensorImpl* const* tensors,
+          const double* numbers, int threads, int64_t grain) {
+  std::vector<int64_t> sizes(count);
+  std::vector<void*> addresses(COLUMNS * count);
+  int64_t total = 0;
+  for (int64_t i = 0; i < COLUMNS * count; ++i) {
+    TensorImpl* const t = tensors[i];
+    if (t == nullptr) continue;
+    const auto dtype = i / count <= GRADIENT ? tensors[0]->dtype() : caffe2::TypeMeta::Make<S>();
+    if (t->key_set() != PLAIN || t->dtype() != dtype || !t->is_contiguous()) return false;
+    if (i < count) total += sizes[i] = t->numel();
+    if (t->numel() != sizes[i % count]) return false;
+    addresses[i] = t->mutable_data();
+  }
+  threads = std::clamp<int64_t>(total / grain, 1, threads);
+  choose<P, S>(phase, partner, bound, reads)(count, sizes.data(), addresses.data(), numbers, threads);
+  // Tells autograd of what was written: a graph that saved it before is refused.
+  for (const int column : {PARAMETER, MEAN, SECOND_MOMENT, LONG_RUN, BEFORE})
+    if (phase == BOTH || (phase == MOVE) == (column == PARAMETER))
+      for (int64_t c = 0; c < count && tensors[column * count] != nullptr; ++c)
+        tensors[column * count + c]->bump_version();
+  return true;
+}
+
 }  // namespace
 
-extern "C" {
-
-#define ADAM(NAME, P, S)                                                                                             \
-  void NAME(int phase, int partner, int bound, int reads, int64_t count, const int64_t* sizes,                       \
-            void* const* addresses, const double* numbers, int threads) {                                            \
-    choose<P, S>(phase, partner, bound, reads)(count, sizes, addresses, numbers, threads);                           \
-  }
-ADAM(adam_float32, float, float)
-ADAM(adam_float64, double, double)
-ADAM(adam_bfloat16, BFloat16, float)
+extern "C" int adam(int phase, int partner, int bound, bool reads, int64_t count, TensorImpl* const* tensors,
+                    const double* numbers, int threads, int64_t grain) {
+  const ScalarType dtype = tensors[0]->dtype().toScalarType();
+  const auto chosen = dtype == ScalarType::Double     ? step<double, double>
+                      : dtype == ScalarType::BFloat16 ? step<BFloat16, float>
+                                                      : step<float, float>;
+  return chosen(phase, partner, bound, reads, count, tensors, numbers, threads, grain);
 }

@@ -1,4 +1,5 @@
-"""Compiles the sources beside this file for the processor at hand, once per machine, with only a C++ compiler."""
+"""Compiles the sources beside this file for the processor at hand, each when it is first needed, once per machine, with
+only a C++ compiler."""
 
 from __future__ import annotations
 
@@ -15,48 +16,66 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp", "-Wno-psabi")
-# Whether a product is rounded before something is added to it. In a step it is, as in torch's, from which 200 steps of
-# AdamW in float32 are otherwise further away than torch is from itself with another order of the examples.
-CONTRACTION = {"outer_sum": "fast"}
+TORCH = Path(torch.__file__).parent
+FLAGS = ("-O3", "-fno-math-errno", "-fPIC", "-fopenmp", "-Wno-psabi")
+# By source: for what, how it is compiled, and linked. In a step a product is rounded before something is added to it,
+# as in torch's, from which 200 steps of AdamW in float32 are otherwise further away than torch is from itself with
+# another order of the examples.
+KINDS = {
+    "outer_sum": ("weights of Linear layers and convolutions", ("-std=c++17", "-ffp-contract=fast"), ()),
+    "adam": (
+        "Adam's step",
+        ("-std=c++20", "-ffp-contract=off", "-isystem", str(TORCH / "include")),  # what torch's headers ask for
+        (f"-L{TORCH / 'lib'}", "-lc10"),
+    ),
+}
 # By what torch calls its own kernels for this processor; others compile for what every processor of their kind has.
 INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
 }
 LONGEST = 120  # seconds
-DTYPES = ("float32", "float64", "bfloat16")
-SYMBOLS = ("outer_sum_plan", *(f"{kernel}_{dtype}" for kernel in ("outer_sum", "adam") for dtype in DTYPES))
+BOOL, INT, LONG, ADDRESS = ctypes.c_bool, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+# By source, the arguments of what is called.
+SYMBOLS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "outer_sum": {
+        "outer_sum_plan": (ADDRESS, INT, LONG, ADDRESS),
+        **{f"outer_sum_{dtype}": (*[ADDRESS] * 9, INT) for dtype in ("float32", "float64", "bfloat16")},
+    },
+    "adam": {"adam": (INT, INT, INT, BOOL, LONG, ADDRESS, ADDRESS, INT, LONG)},
+}
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels. None, with a warning, if compilation fails; None where there is no compiler."""
+def library(name: str) -> ctypes.CDLL | None:
+    """The compiled kernels of a source. None, with a warning, if compilation fails; None where there is no compiler."""
     command = compiler()
     if command is None:
         return None
-    flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    texts = [path.read_text() for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")))]
-    version = hashlib.sha256("\n".join((*texts, command, *flags, str(CONTRACTION))).encode()).hexdigest()[:16]
+    purpose, own, links = KINDS[name]
+    flags = (*FLAGS, *own, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
     try:
+        texts = [path.read_text() for path in (SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h")))]
+        version = hashlib.sha256("\n".join((*texts, command, *flags, *links, torch.__version__)).encode()).hexdigest()
         with directory() as place:
-            path = place / f"kernels-{version}.so"
+            path = place / f"{name}-{version[:16]}.so"
             if not path.exists():
-                build(command, flags, path)
+                build(command, name, flags, links, path)
             loaded = ctypes.CDLL(str(path))
-            for name in SYMBOLS:
-                getattr(loaded, name)
+            for symbol, arguments in SYMBOLS[name].items():
+                getattr(loaded, symbol).argtypes = arguments
             return loaded
     except (AttributeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         warnings.warn(
-            f"the kernels for weights of Linear layers and convolutions and for Adam's step could not be had and are "
-            f"done without, more slowly. They are compiled by {command} (CXX) into $XDG_CACHE_HOME/gradstats or "
-            f"~/.cache/gradstats ({type(error).__name__}: {reason.splitlines()[0] if reason else ''})",
+            f"the kernel for {purpose} could not be had and is done without, more slowly. It is compiled by {command} "
+            f"(CXX) into $XDG_CACHE_HOME/gradstats or ~/.cache/gradstats ({type(error).__name__}: "
+            f"{reason.splitlines()[0] if reason else ''})",
             stacklevel=2,
         )
         return None
@@ -90,16 +109,13 @@ def directory() -> Iterator[Path]:
             yield Path(name)
 
 
-def build(command: str, flags: tuple[str, ...], path: Path) -> None:
+def build(command: str, name: str, flags: tuple[str, ...], links: tuple[str, ...], path: Path) -> None:
     """Other processes see the library whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        linked, compiled = os.path.join(directory, "kernels.so"), []
-        for source in sorted(SOURCES.glob("*.cpp")):
-            compiled.append(os.path.join(directory, f"{source.stem}.o"))
-            contraction = f"-ffp-contract={CONTRACTION.get(source.stem, 'off')}"
-            run(command, *flags, contraction, "-c", str(source), "-o", compiled[-1])
+        compiled, linked = os.path.join(directory, f"{name}.o"), os.path.join(directory, f"{name}.so")
+        run(command, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", compiled)
         # Not linked against OpenMP: torch has it loaded, and a second one would be a second set of threads.
-        run(command, "-shared", *compiled, "-o", linked)
+        run(command, "-shared", compiled, *links, "-o", linked)
         with open(linked, "rb") as file:
             os.fsync(file.fileno())  # half of it would end the process that loads it
         os.replace(linked, path)

@@ -24,7 +24,7 @@ def serves(d: Tensor, a: Tensor) -> bool:
         return False
     plain = addressable(d, a) and d.device.type == a.device.type == "cpu"
     known = plain and d.dtype == a.dtype and d.dtype in KERNELS and 0 not in (*d.shape, *a.shape)
-    return known and native.library() is not None
+    return known and native.library("outer_sum") is not None
 
 
 def sums(d: Tensor, a: Tensor, names: Collection[str]) -> Reduction:
@@ -34,12 +34,12 @@ def sums(d: Tensor, a: Tensor, names: Collection[str]) -> Reduction:
     About the time of torch's matmul for sum_b c_b alone: c_b stays in registers, or with one position what is packed
     for one matmul is squared for the other. The same bit for bit for any number of threads.
     """
-    kernels = native.library()
+    kernels = native.library("outer_sum")
     assert kernels is not None
     (n, t, o), i = d.shape, a.shape[2]
     dtype = accumulation_dtype(d.dtype)
     sizes, plan = (ctypes.c_int64 * 4)(n, t, o, i), (ctypes.c_int64 * 2)()
-    kernels.outer_sum_plan(sizes, ctypes.c_int("squared_norms" in names), ctypes.c_int64(dtype.itemsize), plan)
+    kernels.outer_sum_plan(sizes, "squared_norms" in names, dtype.itemsize, plan)
     tasks, scratch = plan
     threads = min(torch.get_num_threads(), tasks)
     gradient = torch.empty(o, i, dtype=dtype)
@@ -48,14 +48,14 @@ def sums(d: Tensor, a: Tensor, names: Collection[str]) -> Reduction:
     room = torch.empty(threads, scratch, dtype=dtype)
     getattr(kernels, KERNELS[d.dtype])(
         *(pointer(d), strides(d), pointer(a), strides(a), sizes),
-        *(pointer(gradient), pointer(squares), pointer(norms), pointer(room), ctypes.c_int(threads)),
+        *(pointer(gradient), pointer(squares), pointer(norms), pointer(room), threads),
     )
     norms = norms if norms is None else norms.sum(0)
     return gradient.to(d.dtype), present({"sum_of_squares": squares, "squared_norms": norms})
 
 
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def strides(tensor: Tensor) -> ctypes.Array[ctypes.c_int64]:

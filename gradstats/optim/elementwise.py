@@ -48,7 +48,6 @@ def run(
 
         served = native_adam.serves(update, columns["parameter"][0])
         if served and native_adam.step(update, phase, columns, scalars):
-            mark(update, phase, columns)
             return
     names, device = tuple(columns), columns["parameter"][0].device
     written = [names.index(name) for name in update.writes(phase)]
@@ -59,7 +58,8 @@ def run(
 
         if adam.serves(update, phase, columns):
             adam.step(names, list(rows), scalars)
-            mark(update, phase, columns)
+            # Tells autograd of what was written: a graph that saved it before is refused.
+            torch.autograd.graph.increment_version(chain.from_iterable(columns[n] for n in update.writes(phase)))
             return
     kernels = compiled_kernels(update, phase, columns, scalars) if compiled else None
     if kernels is not None:
@@ -68,11 +68,6 @@ def run(
         run_plain(plain, rows, written, SMALL, BLOCK * torch.get_num_threads())
     else:
         run_plain(plain, rows, written, LARGEST, LARGEST)
-
-
-def mark(update: Update, phase: Phase, columns: Columns) -> None:
-    """Tells autograd of what a kernel has written, given its address: a graph that saved it before is refused."""
-    torch.autograd.graph.increment_version(chain.from_iterable(columns[name] for name in update.writes(phase)))
 
 
 def run_compiled(kernels: Mapping[int, Kernel], rows: Iterable[Row], k: Tensor) -> None:

@@ -162,7 +162,7 @@ def test_every_way_to_a_sum_over_positions(names, sizes, compiled, monkeypatch):
     if compiled and compiler() is None:
         pytest.skip("no C++ compiler")
     if not compiled:
-        monkeypatch.setattr("gradstats.native.library", lambda: None)
+        monkeypatch.setattr("gradstats.native.library", lambda name: None)
     n, t, o, i = sizes
     d, a = randn(n, t, o), randn(n, t, i)
     c = torch.einsum("nto,nti->noi", d, a)
@@ -219,7 +219,7 @@ def test_norms_alone_never_form_an_example_gradient(compiled, monkeypatch):
     """Few positions go through Gram matrices, where the kernel does not keep it in registers."""
     form = OuterSum(torch.randn(3, 4, 64), torch.randn(3, 4, 64))
     if not compiled:
-        monkeypatch.setattr("gradstats.native.library", lambda: None)
+        monkeypatch.setattr("gradstats.native.library", lambda name: None)
     monkeypatch.setattr(OuterSum, "example", lambda self, n: pytest.fail("formed an example's gradient"))
     assert form.sums(("squared_norms",))[1]["squared_norms"].shape == (3,)
 

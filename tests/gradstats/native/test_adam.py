@@ -75,7 +75,7 @@ def check(update, found, phases=("both",)):
 
 
 @pytest.mark.parametrize("phases", PHASES, ids=["in one", "in two"])
-@pytest.mark.parametrize("dtype", adam.KERNELS, ids=str)
+@pytest.mark.parametrize("dtype", adam.DTYPES, ids=str)
 @pytest.mark.parametrize("update", UPDATES, ids=lambda u: "-".join(k for k, v in vars(u.moment).items() if v) or "m^2")
 def test_every_equation_that_is_known(update, dtype, phases):
     torch.manual_seed(0)
@@ -111,6 +111,15 @@ def test_the_number_of_threads_changes_no_bit():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("phase", ["both", "averages", "move"])
+def test_versions_tell_of_what_was_written(phase):
+    for update in UPDATES:
+        found = columns(update, (3, 5))
+        assert adam.step(update, phase, found, SCALARS)
+        told = [name for name, column in found.items() if [t._version for t in column] == [1, 1]]
+        assert sorted(told) == sorted(update.writes(phase))
+
+
 def test_numbers_that_are_none_stay_so():
     found = columns(UPDATES[0], (4,), torch.bfloat16)
     found["gradient"][0][:2] = torch.tensor([float("nan"), float("inf")])
@@ -128,6 +137,7 @@ def test_numbers_that_are_none_stay_so():
         "sparse": lambda t: t.to_sparse(),
         "negated": lambda t: torch.complex(t, -t).conj().imag,
         "zeros": lambda t: torch._efficientzerotensor(t.shape),
+        "without version": torch.inference_mode()(torch.clone),
     }.items(),
     ids=lambda item: item[0],
 )
@@ -137,7 +147,9 @@ def test_what_is_not_as_it_is_wanted_is_left(name, spoil):
     found = columns(update, (8, 8))
     found[name][1] = spoil[1](found[name][1])
     before = [column[0].clone() for column in found.values()]
+    versions = [column[0]._version for column in found.values()]
     assert not adam.step(update, "both", found, SCALARS)
+    assert [column[0]._version for column in found.values()] == versions
     assert all(torch.equal(column[0], t) for column, t in zip(found.values(), before, strict=True))
 
 
