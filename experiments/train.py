@@ -86,7 +86,10 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
     detail = ("second_moment", "norms") if config.tracker.detail else ()
     draws = Draws(config.seed)
     statistics = attach_statistics(
-        model, optimizer, config.optimizer, *detail, engine=config.engine, generator=draws.generator
+        *(model, optimizer, config.optimizer, *detail),
+        engine=config.engine,
+        generator=draws.generator,
+        batch_size=None if config.hardware.compile else B,
     )
     peak_lr = optimizer.param_groups[0]["lr"]
     gradient_limit = None if isinstance(optimizer, ExampleOptimizer) else config.train.max_norm

@@ -99,10 +99,10 @@ class Account:
 
     def shadow_of(self, kind: str) -> Tensor:
         """The shadow of a sum shaped like the parameter."""
-        p, dtype = self.tensor, SUMS[kind].dtype(self.tensor.dtype)
-        if not fits(self.shadows.get(kind), p, SUMS[kind]):
-            self.shadows[kind] = shadow(tuple(p.shape), dtype, p.device)
-        return self.shadows[kind]
+        found, p = self.shadows.get(kind), self.tensor
+        if not fits(found, p, SUMS[kind]):
+            found = self.shadows[kind] = shadow(tuple(p.shape), SUMS[kind].dtype(p.dtype), p.device)
+        return found
 
     def ready_shadow_of(self, kind: str) -> Tensor:
         """The same while Dynamo traces, when it is too late to make one: `attach` does, and .to()."""
@@ -166,8 +166,9 @@ class Account:
         if incoming is None:  # the layer was reached, and the loss does not depend on it
             return
         returned, self._returned = self._returned, []
-        self._explained = bool(returned) or self.handle.lifetime.passes_plainly
-        if self.handle.lifetime.passes_plainly:
+        plainly = self.handle.lifetime.passes_plainly
+        self._explained = bool(returned) or plainly
+        if plainly:
             return
         if not returned:
             if bool(incoming.any()):
@@ -220,7 +221,8 @@ class Account:
     @property
     def fresh(self) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-        return fresh(self.parameter.grad, self.left.state if self.left is not None else None)
+        grad = self.parameter.grad  # mostly None
+        return grad is None or fresh(grad, self.left.state if self.left is not None else None)
 
     def begin_use(self, backward_pass: int, first_open: int) -> None:
         """The first use of the parameter in a backward pass: does its p.grad go with its statistics?"""

@@ -9,12 +9,13 @@ There the contributions of all uses meet, and their gradients, which are added u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from gradstats.contribution import Contribution
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from gradstats.leaf import Leaf
     from gradstats.uses import Uses
 
+NOTHING = nullcontext()
 Gradients = dict[str, Tensor]
 Sums = dict[tuple[str, str], Tensor]
 
@@ -51,6 +53,7 @@ class Call(NamedTuple):
     used: dict[str, Use]  # those that have statistics
     slots: tuple[tuple[str, str], ...]  # (parameter, sum) of every shadow, in the order of the arguments
     links: int
+    device: str
     several: bool  # the rule takes a tuple of inputs
     batch_size: int
     fold: int  # consecutive rows an example has
@@ -66,43 +69,50 @@ class LeafFunction(torch.autograd.Function):
         inputs = len(call.rule.inputs)
         x = tensors[first : first + inputs] if call.several else tensors[first]
         parameters = dict(zip(call.names, tensors[first + inputs : -1], strict=True))
-        with no_autocast(next(t.device.type for t in tensors[first:] if t is not None)):
+        with no_autocast(call.device):
             y, saved = call.rule.forward(call.options, x, parameters)
         ctx.call = call
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        outputs = y if isinstance(y, tuple) else (y,)
-        ctx.outputs = [(o.shape, o.dtype, o.device) for o in outputs]
-        return *outputs, torch.zeros(())
+        if not isinstance(y, tuple):
+            ctx.outputs = ()
+            return y, torch.zeros(())
+        ctx.outputs = [(o.shape, o.dtype, o.device) for o in y]
+        return *y, torch.zeros(())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *d: Tensor | None):
-        call: Call = ctx.call
-        first, names = len(call.slots) + call.links, (*call.rule.inputs, *call.names)
-        needs = ctx.needs_input_grad[1 + first : -1]
-        counts = call.leaf.accumulates()
-        grad_input: tuple[Tensor | None, ...] = (None,) * len(call.rule.inputs)
-        contributions: dict[str, Contribution] = {}
-        with no_autocast(ctx.outputs[0][2].type):
-            if any(cotangent is not None for cotangent in d[:-1]):
-                wanted = frozenset(name for name, need in zip(names, needs, strict=True) if need)
-                grad_input, contributions = differentiate(call, ctx.saved_tensors, filled(ctx.outputs, d[:-1]), wanted)
-            if counts:
-                # Before sums are made: those of the window before are gone by then.
-                call.leaf.begin(call.used, contributions, call.batch_size, call.generation)
-                gradients, sums = reduce(call, contributions)
-            else:
-                gradients, sums = {name: c.gradient() for name, c in contributions.items()}, {}
+        # The decorator is for those who differentiate twice: to others it costs as much as a small layer's gradient.
+        return (once_differentiable(differentiated) if torch.is_grad_enabled() else differentiated)(ctx, *d)
+
+
+def differentiated(ctx, *d: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The Function's backward."""
+    call: Call = ctx.call
+    counts = call.leaf.accumulates()
+    grad_input: tuple[Tensor | None, ...] = (None,) * len(call.rule.inputs)
+    contributions: dict[str, Contribution] = {}
+    with no_autocast(call.device):
+        if any(cotangent is not None for cotangent in d[:-1]):
+            needs = ctx.needs_input_grad[1 + len(call.slots) + call.links : -1]
+            wanted = frozenset(compress((*call.rule.inputs, *call.names), needs))
+            cotangents: Any = filled(ctx.outputs, d[:-1]) if ctx.outputs else d[0]
+            grad_input, contributions = differentiate(call, ctx.saved_tensors, cotangents, wanted)
         if counts:
-            unshadowed = {key: value for key, value in sums.items() if key not in call.slots}
-            call.leaf.record(call.used, call.generation, gradients, unshadowed)
-        returned = *grad_input, *(gradients.get(name) for name in call.names)
-        return None, *(sums.get(slot) for slot in call.slots), *(None,) * call.links, *returned, None
+            # Before sums are made: those of the window before are gone by then.
+            call.leaf.begin(call.used, contributions, call.batch_size, call.generation)
+            gradients, sums = reduce(call, contributions)
+        else:
+            gradients, sums = {name: c.gradient() for name, c in contributions.items()}, {}
+    if counts:
+        unshadowed = {key: value for key, value in sums.items() if key not in call.slots}
+        call.leaf.record(call.used, call.generation, gradients, unshadowed)
+    returned = *grad_input, *map(gradients.get, call.names)
+    return None, *map(sums.get, call.slots), *(None,) * call.links, *returned, None
 
 
 def filled(outputs: list[tuple[Any, ...]], d: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    """Cotangents of all outputs: zeros of those that the loss does not use."""
+    """Cotangents of several outputs: zeros of those that the loss does not use."""
     return tuple(
         torch.zeros(shape, dtype=dtype, device=device) if cotangent is None else cotangent
         for (shape, dtype, device), cotangent in zip(outputs, d, strict=True)
@@ -110,11 +120,11 @@ def filled(outputs: list[tuple[Any, ...]], d: tuple[Tensor | None, ...]) -> tupl
 
 
 def differentiate(
-    call: Call, saved: tuple, d: tuple[Tensor, ...], wanted: frozenset[str]
+    call: Call, saved: tuple, d: Tensor | tuple[Tensor, ...], wanted: frozenset[str]
 ) -> tuple[tuple[Tensor | None, ...], dict[str, Contribution]]:
     """The rule's backward: gradients of the inputs, and contributions of examples (or of what else is counted)."""
     granularity, size = call.leaf.handle.granularity, call.leaf.handle.microbatch_size
-    grad_input, contributions = call.rule.backward(call.options, saved, d if len(d) > 1 else d[0], wanted)
+    grad_input, contributions = call.rule.backward(call.options, saved, d, wanted)
     for name in contributions.keys() & call.used.keys():
         contributions[name].parameter = call.used[name].account.name
         contributions[name].statistics_dtype = call.leaf.handle.statistics_dtype
@@ -178,13 +188,11 @@ def postpone(
     return own.gradient(), look(part, torch.cat(uses.ids, 1)[index], kinds)[1] if looked_up else part
 
 
-def autocast(
-    policy: str | None, device: str, x: Any, parameters: Mapping[str, Tensor | None]
-) -> tuple[Any, dict[str, Tensor | None]]:
+def autocast(policy: str | None, device: str, x: Any, parameters: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """What torch's autocast would do to this layer, by autograd operations outside of the Function."""
     dtype = autocast_dtype(policy, device)
     if dtype is None:
-        return x, dict(parameters)
+        return x, parameters
     return tree_map(lambda t: cast(t, dtype), x), {name: cast(p, dtype) for name, p in parameters.items()}
 
 
@@ -204,4 +212,4 @@ def cast(t: Any, dtype: torch.dtype | None) -> Any:
 
 
 def no_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else NOTHING

@@ -70,6 +70,7 @@ class Handle(Readable):
             known = self.statistics.setdefault(statistic.name, statistic)
             if type(known) is not type(statistic) or keys(known) != keys(statistic):
                 raise GradstatsError(f"two statistics are called {statistic.name!r}: give one of them another name")
+        self.needs_gradient = any(statistic.needs_gradient for statistic in self.statistics.values())
         raws = [raw for statistic in self.statistics.values() for raw in statistic.needs]
         self.needs = tuple(dict.fromkeys(register(raw) for raw in raws))
         self.additive = tuple(need for need in self.needs if SUMS[need].persistent)
@@ -85,7 +86,7 @@ class Handle(Readable):
     @property
     def reads_gradient(self) -> bool:
         """Whether statistics are read from p.grad too, so that a change of it must be noticed."""
-        return self.loss_scale is None and any(s.needs_gradient for s in self.statistics.values())
+        return self.loss_scale is None and self.needs_gradient
 
     # What an engine provides
 

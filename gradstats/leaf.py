@@ -215,7 +215,7 @@ class Leaf:
 
         def reached(gradient: Tensor) -> None:
             if will_accumulate(accounts[0].tensor):
-                self.handle.lifetime.begin_plain(self.title, accounts, n, generation)
+                self.handle.lifetime.begin_plain(self, accounts, n, generation)
 
         for o in [output] if isinstance(output, Tensor) else tree_leaves(output):
             if isinstance(o, Tensor) and o.grad_fn is not None:
@@ -227,7 +227,7 @@ class Leaf:
         rule: type[Rule],
         options: tuple[Any, ...],
         x: Any,
-        parameters: dict[str, Tensor | None],
+        parameters: dict[str, Any],
         names: Mapping[str, str | None],
         n: int,
     ) -> Any:
@@ -266,7 +266,7 @@ class Leaf:
                 links.append(link)
                 continue
             account.follow()
-            uses.dtype = parameters[name].dtype  # type: ignore[union-attr]
+            uses.dtype = parameters[name].dtype
             for kind in self.handle.shadowed:
                 slots.append((name, kind))
                 shadows.append(account.shadow_of(kind))
@@ -278,15 +278,14 @@ class Leaf:
             used,
             tuple(slots),
             len(links),
+            next(iter(parameters.values())).device.type if x is None else inputs[0].device.type,
             isinstance(x, tuple),
             n,
             rows // n,
             generation,
         )
         *y, link = LeafFunction.apply(call, *shadows, *links, *inputs, *parameters.values(), self.token)
-        for use in used.values():
-            if use.collects:
-                lifetime.link(use.account, link)
+        lifetime.link(used.values(), link)
         return y[0] if len(y) == 1 else tuple(y)
 
     # Backward
@@ -299,7 +298,7 @@ class Leaf:
         """Called by the Function's backward before it makes sums of the parameters that contribute to this call."""
         if used:
             reached = [use for name, use in used.items() if name in contributing or use.collects]
-            self.handle.lifetime.begin_backward(self.title, reached, n, generation)
+            self.handle.lifetime.begin_backward(self, reached, n, generation)
 
     def record(self, used: Mapping[str, Use], generation: int, gradients: Gradients, sums: Sums) -> None:
         """Called by it before anything is accumulated, with the sums that have no shadow."""

@@ -9,7 +9,7 @@ several times.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradstats.distributed.sharded import Sizes
     from gradstats.engines.fused import FusedHandle
     from gradstats.function import Use
+    from gradstats.leaf import Leaf
 
 
 class Lifetime:
@@ -50,6 +51,7 @@ class Lifetime:
         self.started = False  # a leaf has been reached in the backward pass under way
         self.returned = False  # and one of them has returned gradients, which autograd may have accumulated
         self._begins = False  # it is the first through its generation
+        self._anew = False  # it found no gradient that statistics could miss
         self.broken = False  # a pass of this window was cut short, in the midst of its gradients
         self.current = 0  # the generation that it is going through
         self._gathers = True  # whether it gathers
@@ -148,16 +150,21 @@ class Lifetime:
 
     def uses_of(self, account: Account) -> tuple[Uses, Tensor | None]:
         """The uses of a parameter by the forward under way, and the link to the first of them, None for the first."""
-        return self._open().setdefault(account, (Uses(account.name), None))
+        opened = self._open()
+        if account not in opened:
+            opened[account] = Uses(account.name), None
+        return opened[account]
 
-    def link(self, account: Account, link: Tensor) -> None:
-        """Keeps the link of the first use, for as long as there can be others."""
+    def link(self, used: Iterable[Use], link: Tensor) -> None:
+        """Keeps the link of first uses, for as long as there can be others."""
+        recomputes, opened = in_backward(), self._open()
         # A link keeps its graph alive: that of a non-reentrant recomputation has only to be run, not to be kept.
-        if in_backward() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            self._recomputed.pop(account)
-        elif self.root is not None or in_backward():
-            uses = self._open()
-            uses[account] = (uses[account][0], link)
+        runs = recomputes and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        for account, uses, collects in used:
+            if collects and runs:
+                opened.pop(account)
+            elif collects and (recomputes or self.root is not None):
+                opened[account] = uses, link
 
     def _open(self) -> dict[Account, tuple[Uses, Tensor | None]]:
         return self._recomputed if in_backward() else self._uses
@@ -173,7 +180,7 @@ class Lifetime:
 
     # Backward
 
-    def _reach(self, title: str, accounts: Sequence[Account], n: int, generation: int, gathers: bool) -> None:
+    def _reach(self, leaf: Leaf, accounts: Sequence[Account], n: int, generation: int, gathers: bool) -> None:
         """A leaf's call is reached, before gradients are accumulated."""
         if self.cut_short:
             raise LifetimeError(
@@ -186,7 +193,8 @@ class Lifetime:
             self.backward_passes += 1
             for account in self.accounts:
                 account.begin_pass()
-            if all(account.fresh for account in self.accounts if account.trainable):
+            self._anew = all(account.fresh for account in self.accounts if account.trainable)
+            if self._anew:
                 self.zero(keeps=not gathers)
                 self.turns.begin(gathers)
             elif self.turns.every > 1 and any(account.fresh for account in self.accounts if account.generations):
@@ -205,33 +213,34 @@ class Lifetime:
         size = self.sizes.setdefault(generation, n)
         if size != n:
             raise CoverageError(
-                f"{title} saw {n} examples where the layers before it in this backward pass saw {size}: the first "
+                f"{leaf.title} saw {n} examples where the layers before it in this backward pass saw {size}: the first "
                 f"dimension of every input must run over the examples. Call the layers from one module's forward, and "
                 f"attach that module."
             )
-        for account in accounts:
-            account.begin_use(self.backward_passes, self.first_open)
+        if not self._anew:
+            for account in accounts:
+                account.begin_use(self.backward_passes, self.first_open)
 
-    def begin_plain(self, title: str, accounts: Sequence[Account], n: int, generation: int) -> None:
+    def begin_plain(self, leaf: Leaf, accounts: Sequence[Account], n: int, generation: int) -> None:
         """The same as `begin_backward` for a leaf's call that gathers nothing, as it does not without examples."""
-        self._reach(title, accounts, n, generation, gathers=n == 0 and self.turns.gathers)
+        self._reach(leaf, accounts, n, generation, gathers=n == 0 and self.turns.gathers)
         self.returned = True
         for account in accounts:
             account.generations.add(generation)
 
-    def begin_backward(self, title: str, used: Collection[Use], n: int, generation: int) -> None:
-        """Called once a leaf's call, before gradients are accumulated; `title` names its module."""
-        self._reach(title, [use.account for use in used], n, generation, gathers=True)
+    def begin_backward(self, leaf: Leaf, used: Collection[Use], n: int, generation: int) -> None:
+        """Called once a leaf's call, before gradients are accumulated."""
+        self._reach(leaf, [use.account for use in used], n, generation, gathers=True)
         for account, _, collects in used:
             if not collects:
                 continue
             self._recomputed.pop(account, None)
             if generation in account.generations:
                 raise LifetimeError(
-                    f"{title} was used by two forwards before one backward pass, or one use of it was backpropagated "
-                    f"twice: contributions of the same example must be summed before squaring. If the forwards saw "
-                    f"different examples, say so with stats.new_examples() between them; if they saw the same ones, "
-                    f"call both from the forward of one module, and attach that module."
+                    f"{leaf.title} was used by two forwards before one backward pass, or one use of it was "
+                    f"backpropagated twice: contributions of the same example must be summed before squaring. If the "
+                    f"forwards saw different examples, say so with stats.new_examples() between them; if they saw the "
+                    f"same ones, call both from the forward of one module, and attach that module."
                 )
             account.generations.add(generation)
 

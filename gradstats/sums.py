@@ -19,6 +19,11 @@ from gradstats.errors import GradstatsError, LifetimeError
 
 PLAIN, STRIDED = {Tensor, nn.Parameter}, {torch.strided}
 layout_of = attrgetter("layout")
+# What is asked for several times a layer and step: of a small model, it is calls that a step's time consists of.
+ACCUMULATION = {
+    dtype: torch.promote_types(dtype, torch.float32)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 # The gradient, and sums by name.
 Reduction = tuple[Tensor, dict[str, Tensor]]
 
@@ -30,12 +35,13 @@ def present(found: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which squares are formed and summed: float32, or float64 for float64 parameters."""
-    return torch.promote_types(dtype, torch.float32)
+    return ACCUMULATION[dtype] if dtype in ACCUMULATION else torch.promote_types(dtype, torch.float32)
 
 
 def wide(x: Tensor) -> Tensor:
     """x in the dtype in which it may be squared."""
-    return x.to(accumulation_dtype(x.dtype))
+    dtype = accumulation_dtype(x.dtype)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def addressable(*tensors: Tensor) -> bool:

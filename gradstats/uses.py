@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gradstats.joint import Looked
 
 
-@dataclass
+@dataclass(slots=True)
 class Uses:
     """Of the parameter called `name`."""
 

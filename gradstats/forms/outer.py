@@ -19,6 +19,9 @@ from gradstats.sums import OF_SQUARES, Reduction, wide
 # Gram matrices for norms only pay when T^2 (in + out) < GRAM_ADVANTAGE in out: measured crossover near T = 50 on square
 # layers. The usual criterion 2 T^2 < in out counts multiplications and picks the slower path.
 GRAM_ADVANTAGE = 10
+# With so few numbers in all contributions, calls are dearer than passes over them: the two matmuls take half as long as
+# the kernel that has them in one.
+FEW = 2**20
 # From here on a matmul for each example comes close enough to the batch matmul to be measured beside better ways.
 MANY_POSITIONS = 32
 
@@ -53,10 +56,12 @@ class Outer(Contribution):
         return wide(self.d[:, rows]).unsqueeze(2) * wide(self.a[:, columns]).unsqueeze(1)
 
     def sums(self, names: Collection[str]) -> Reduction:
-        d, a = self.d.unsqueeze(1), self.a.unsqueeze(1)
-        if "sum_of_squares" not in names or not OF_SQUARES.issuperset(names) or not outer_sum.serves(d, a):
+        few = self.count * self.shape[0] * self.shape[1] <= FEW
+        if few or "sum_of_squares" not in names or not OF_SQUARES.issuperset(names):
             return super().sums(names)
-        squares = ["sum_of_squares"]
+        d, a, squares = self.d.unsqueeze(1), self.a.unsqueeze(1), ["sum_of_squares"]
+        if not outer_sum.serves(d, a):
+            return super().sums(names)
         ways = {"native": partial(outer_sum.sums, d, a, squares)}
         if self.statistics_dtype is not None:  # the error that was asked for, unless being exact is faster
             ways = {"products": partial(super().sums, squares)} | ways

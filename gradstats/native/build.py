@@ -44,8 +44,8 @@ BOOL, INT, LONG, ADDRESS = ctypes.c_bool, ctypes.c_int, ctypes.c_int64, ctypes.c
 # By source, the arguments of what is called.
 SYMBOLS: dict[str, dict[str, tuple[Any, ...]]] = {
     "outer_sum": {
-        "outer_sum_plan": (ADDRESS, INT, LONG, ADDRESS),
-        **{f"outer_sum_{dtype}": (*[ADDRESS] * 9, INT) for dtype in ("float32", "float64", "bfloat16")},
+        "outer_sum_tasks": (ADDRESS, LONG),
+        **{f"outer_sum_{dtype}": (*[ADDRESS] * 6, INT) for dtype in ("float32", "float64", "bfloat16")},
     },
     "adam": {"adam": (INT, INT, INT, BOOL, LONG, ADDRESS, ADDRESS, INT, LONG)},
 }

@@ -10,7 +10,7 @@
 // A task is a part of the parameter, whose rows and columns of d and a are packed, some examples at a time, into
 // memory that stays in cache. Within it, a tile of c_b is formed in registers, and summed over these examples before it
 // is added to gradient and squares: a long sum in one register would lose digits. Tasks do not depend on the number of
-// threads, nor does any result.
+// threads, nor does any result. What a thread packs into it keeps for its next call, as libraries of linear algebra do.
 //
 // Index letters: n example, t position, o output, i input.
 
@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "numbers.h"
 
@@ -66,8 +67,11 @@ constexpr int ONE_TALL = MANY_REGISTERS ? 8 : 4;
 // Most rows and columns of a task; rows are rounded up to what the tiles divide.
 constexpr int64_t PART = 192, ROW_UNIT = 4, ONE_PART = 96;
 // Examples times positions packed at once: a column of tiles of them stays in a first-level cache. Fewer would mean less
-// memory, and gradient and squares more often through the cache: with 20 of 256 examples a step took up to 1.4 as long.
+// memory, and gradient and squares more often through the cache: with 20 of 256 examples a step took up to 1.4 times as long.
 constexpr int64_t DEPTH = 128, ONE_DEPTH = 64;
+
+// Numbers that a thread keeps for its next call; an example with a hundred thousand positions needs more.
+constexpr int64_t KEPT = 1 << 21;
 
 // How a parameter is divided.
 struct Plan {
@@ -259,47 +263,62 @@ void task(int64_t index, const Plan& plan, Operand<In> d, Operand<In> a, int64_t
   }
 }
 
+// Of this thread alone.
+template <class S>
+std::vector<S>& memory() {
+  thread_local std::vector<S> kept;
+  return kept;
+}
+
+// Numbers in it, aligned to vectors.
+template <class S>
+S* scratch_of(int64_t size) {
+  size += BYTES / sizeof(S);
+  if (memory<S>().size() < size_t(size)) memory<S>().resize(size);
+  const auto address = reinterpret_cast<uintptr_t>(memory<S>().data());
+  return reinterpret_cast<S*>((address + BYTES - 1) / BYTES * BYTES);
+}
+
 template <bool SQUARES, bool NORMS, class S, class In>
 void run(Operand<In> d, Operand<In> a, int64_t n, int64_t t, int64_t o, int64_t i, S* gradient, S* squares, S* norms,
-         S* scratch, int threads) {
+         int threads) {
   const Plan plan(n, t, o, i, NORMS, Vector<S>::lanes);
   const auto run_task = t == 1 && !NORMS ? task<ONE_TALL, WIDE, SQUARES, false, true, S, In>
                         : t <= FEW         ? task<FEW_TALL, FEW_WIDE, SQUARES, NORMS, false, S, In>
                                             : task<TALL, WIDE, SQUARES, NORMS, false, S, In>;
   std::atomic<int64_t> next{0};
+  threads = int(std::min<int64_t>(threads, plan.tasks));
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
-  for (int thread = 0; thread < threads; ++thread)
+  for (int thread = 0; thread < threads; ++thread) {
+    S* const scratch = scratch_of<S>(plan.scratch);
     for (int64_t index; (index = next++) < plan.tasks;)
-      run_task(index, plan, d, a, n, t, o, i, gradient, squares, norms, scratch + thread * plan.scratch);
+      run_task(index, plan, d, a, n, t, o, i, gradient, squares, norms, scratch);
+    if (plan.scratch > KEPT) std::vector<S>().swap(memory<S>());
+  }
 }
 
 template <class S, class In>
-void choose(const In* d, const int64_t* d_strides, const In* a, const int64_t* a_strides, const int64_t* sizes,
-            S* gradient, S* squares, S* norms, S* scratch, int threads) {
+void choose(const int64_t* z, const In* d, const In* a, S* gradient, S* squares, S* norms, int threads) {
   const auto chosen = squares == nullptr ? run<false, true, S, In>
                       : norms == nullptr ? run<true, false, S, In>
                                          : run<true, true, S, In>;
-  chosen({d, d_strides[0], d_strides[1], d_strides[2]}, {a, a_strides[0], a_strides[1], a_strides[2]}, sizes[0],
-         sizes[1], sizes[2], sizes[3], gradient, squares, norms, scratch, threads);
+  chosen({d, z[4], z[5], z[6]}, {a, z[7], z[8], z[9]}, z[0], z[1], z[2], z[3], gradient, squares, norms, threads);
 }
 
 }  // namespace
 
-// Sizes are (n, t, o, i), all positive; strides are those of (n, t, o) and (n, t, i). At least one of squares and norms
-// is asked for, the other may be null. Scratch is aligned to vectors.
+// Sizes are n, t, o, i, all positive, and the strides of d and of a. At least one of squares and norms is asked for, the
+// other may be null.
 extern "C" {
 
-// The number of tasks, and of what a thread needs as scratch, for sums with or without norms of `bytes` bytes a number.
-void outer_sum_plan(const int64_t* sizes, int norms, int64_t bytes, int64_t* found) {
-  const Plan plan(sizes[0], sizes[1], sizes[2], sizes[3], norms, BYTES / bytes);
-  found[0] = plan.tasks;
-  found[1] = plan.scratch;
+// The number of tasks for norms of `bytes` bytes a number.
+int64_t outer_sum_tasks(const int64_t* sizes, int64_t bytes) {
+  return Plan(sizes[0], sizes[1], sizes[2], sizes[3], true, BYTES / bytes).tasks;
 }
 
 #define OUTER_SUM(NAME, S, IN)                                                                                         \
-  void NAME(const IN* d, const int64_t* d_strides, const IN* a, const int64_t* a_strides, const int64_t* sizes,        \
-            S* gradient, S* squares, S* norms, S* scratch, int threads) {                                              \
-    choose(d, d_strides, a, a_strides, sizes, gradient, squares, norms, scratch, threads);                             \
+  void NAME(const int64_t* sizes, const IN* d, const IN* a, S* gradient, S* squares, S* norms, int threads) {          \
+    choose(sizes, d, a, gradient, squares, norms, threads);                                                            \
   }
 OUTER_SUM(outer_sum_float32, float, float)
 OUTER_SUM(outer_sum_float64, double, double)

@@ -38,25 +38,17 @@ def sums(d: Tensor, a: Tensor, names: Collection[str]) -> Reduction:
     assert kernels is not None
     (n, t, o), i = d.shape, a.shape[2]
     dtype = accumulation_dtype(d.dtype)
-    sizes, plan = (ctypes.c_int64 * 4)(n, t, o, i), (ctypes.c_int64 * 2)()
-    kernels.outer_sum_plan(sizes, "squared_norms" in names, dtype.itemsize, plan)
-    tasks, scratch = plan
-    threads = min(torch.get_num_threads(), tasks)
-    gradient = torch.empty(o, i, dtype=dtype)
-    squares = torch.empty(o, i, dtype=dtype) if "sum_of_squares" in names else None
-    norms = torch.empty(tasks, n, dtype=dtype) if "squared_norms" in names else None
-    room = torch.empty(threads, scratch, dtype=dtype)
-    getattr(kernels, KERNELS[d.dtype])(
-        *(pointer(d), strides(d), pointer(a), strides(a), sizes),
-        *(pointer(gradient), pointer(squares), pointer(norms), pointer(room), threads),
-    )
+    sizes = (ctypes.c_int64 * 10)(n, t, o, i, *d.stride(), *a.stride())
+    gradient, squares, norms = torch.empty(o, i, dtype=dtype), None, None
+    if "sum_of_squares" in names:
+        squares = torch.empty(o, i, dtype=dtype)
+    if "squared_norms" in names:
+        norms = torch.empty(kernels.outer_sum_tasks(sizes, dtype.itemsize), n, dtype=dtype)
+    addresses = (pointer(tensor) for tensor in (d, a, gradient, squares, norms))
+    getattr(kernels, KERNELS[d.dtype])(sizes, *addresses, torch.get_num_threads())
     norms = norms if norms is None else norms.sum(0)
     return gradient.to(d.dtype), present({"sum_of_squares": squares, "squared_norms": norms})
 
 
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def strides(tensor: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * 3)(*tensor.stride())

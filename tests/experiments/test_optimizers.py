@@ -159,6 +159,20 @@ def test_attach_gathers_what_the_optimizer_reads(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "more", "engine"), [(1, [], "microbatch"), (1, ["norms"], "fused"), (4, [], "fused")]
+)
+def test_a_batch_of_one_example_is_its_own_micro_batch(batch_size: int, more: list[str], engine: str) -> None:
+    config, model = tuned("batch_invariant_adam"), nn.Linear(4, 3)
+    optimizer = build_optimizer(model.parameters(), config, batch_size, None)
+    handle = attach_statistics(model, optimizer, config, *more, batch_size=batch_size)
+    x = torch.randn(batch_size, 4)
+    model(x).square().sum(1).mean().backward()
+    assert handle is not None and engine in type(handle).__name__.lower()
+    d = 2 * model(x).detach()
+    torch.testing.assert_close(handle.second_moment["weight"], d.square().T @ x.square() / batch_size)
+
+
 def test_a_bound_that_nothing_has_a_norm_for_is_refused() -> None:
     config = compose_config(["optimizer=batch_invariant_lion"]).optimizer
     with pytest.raises(UserError, match=r"optimizer=batch_invariant_lion: .*train.max_norm=null"):

@@ -120,6 +120,14 @@ def test_engines_agree(engine: str, short: Compose, tmp_path: Path) -> None:
     assert other.train_loss == pytest.approx(fused.train_loss, rel=1e-3)
 
 
+def test_single_examples_need_no_look_into_layers(short: Compose, tmp_path: Path) -> None:
+    options = ["optimizer=batch_invariant_adam", "train.epochs=0.5", "train.batch_size=1"]
+    outside = train(short(*options), tmp_path / "outside")
+    inside = train(short(*options, "engine=vmap"), tmp_path / "inside")
+    assert outside.train_loss == pytest.approx(inside.train_loss, rel=1e-3)
+    assert outside.train_loss[-1] < 0.9 * outside.train_loss[0]
+
+
 def test_clipping_bounds_the_first_step_of_torch_optimizers(short: Compose, tmp_path: Path) -> None:
     options = ["optimizer=sgd_linear", "train.epochs=0.2", "train.batch_size=256", "train.warmup_examples=0"]
     free = train(short(*options), tmp_path / "free")

@@ -148,8 +148,9 @@ def flops_of_step(model, x):
         # With positions the stream of examples IS the weight gradient.
         (("second_moment",), (4, 32, 64), False, 1.0),
         (("second_moment", "variance", "norms"), (4, 32, 64), False, 1.0),
-        # The kernel's work replaces the weight gradient's, which torch would count.
-        (("second_moment",), (16, 64), True, 2 / 3),
+        # The kernel's work replaces the weight gradient's, which torch would count; for few numbers it is not called.
+        (("second_moment",), (16, 64), True, 4 / 3),
+        (("second_moment",), (512, 64), True, 2 / 3),
         (("second_moment", "variance", "norms"), (4, 32, 64), True, 2 / 3),
     ],
 )
