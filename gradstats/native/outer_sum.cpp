@@ -63,12 +63,13 @@ inline void store(S* to, V v) {
 constexpr int64_t FEW = 4;
 constexpr int FEW_TALL = 2, FEW_WIDE = MANY_REGISTERS ? 4 : 2, TALL = 4, WIDE = 3;
 // With one, nothing else is in registers.
-constexpr int ONE_TALL = MANY_REGISTERS ? 8 : 4;
-// Most rows and columns of a task; rows are rounded up to what the tiles divide.
-constexpr int64_t PART = 192, ROW_UNIT = 4, ONE_PART = 96;
-// Examples times positions packed at once: a column of tiles of them stays in a first-level cache. Fewer would mean less
-// memory, and gradient and squares more often through the cache: with 20 of 256 examples a step took up to 1.4 times as long.
-constexpr int64_t DEPTH = 128, ONE_DEPTH = 64;
+constexpr int ONE_TALL = MANY_REGISTERS ? 8 : 6, ONE_WIDE = MANY_REGISTERS ? 3 : 2;
+// Most rows and columns of a task; rows are rounded up to what the tiles divide. Smaller tasks pack more often: of 96
+// they took 1.15 times as long with 16 registers, and as long with 32, whose tiles are larger.
+constexpr int64_t PART = 192, ROW_UNIT = 4, ONE_PART = MANY_REGISTERS ? 96 : PART;
+// Examples times positions packed at once: a column of tiles of them stays in a first-level cache. Of fewer, gradient and
+// squares go more often through the cache: with 20 of 256 examples a step took up to 1.4 times as long.
+constexpr int64_t DEPTH = 128, ONE_DEPTH = MANY_REGISTERS ? 64 : DEPTH;
 
 // Numbers that a thread keeps for its next call; an example with a hundred thousand positions needs more.
 constexpr int64_t KEPT = 1 << 21;
@@ -84,7 +85,7 @@ struct Plan {
   Plan(int64_t n, int64_t t, int64_t o, int64_t i, bool norms, int64_t lanes) {
     const bool one = t == 1 && !norms;
     const int64_t most = one ? ONE_PART : PART;
-    wide = (one || t > FEW ? WIDE : FEW_WIDE) * lanes;
+    wide = (one ? ONE_WIDE : t > FEW ? WIDE : FEW_WIDE) * lanes;
     rows = part(o, most, one ? ONE_TALL : ROW_UNIT);
     columns = part(i, most / wide * wide, wide);
     tasks_in_row = (i + columns - 1) / columns;
@@ -283,7 +284,7 @@ template <bool SQUARES, bool NORMS, class S, class In>
 void run(Operand<In> d, Operand<In> a, int64_t n, int64_t t, int64_t o, int64_t i, S* gradient, S* squares, S* norms,
          int threads) {
   const Plan plan(n, t, o, i, NORMS, Vector<S>::lanes);
-  const auto run_task = t == 1 && !NORMS ? task<ONE_TALL, WIDE, SQUARES, false, true, S, In>
+  const auto run_task = t == 1 && !NORMS ? task<ONE_TALL, ONE_WIDE, SQUARES, false, true, S, In>
                         : t <= FEW         ? task<FEW_TALL, FEW_WIDE, SQUARES, NORMS, false, S, In>
                                             : task<TALL, WIDE, SQUARES, NORMS, false, S, In>;
   std::atomic<int64_t> next{0};
