@@ -18,6 +18,8 @@ COLUMNS = 512  # in which a fingerprint lays a gradient out: short enough for fl
 class Left:
     """p.grad of one parameter as the last backward pass left it, and by what it was multiplied since."""
 
+    __slots__ = ("factor", "fingerprint", "known", "sample", "state", "tensor")
+
     def __init__(self, gradient: Tensor, sampled: bool = False, followed: bool = False):
         self.state = self.known = state_of(gradient)
         self.tensor = weakref.ref(gradient)  # an address is given again
@@ -40,8 +42,9 @@ class Left:
 
 def state_of(gradient: Tensor) -> State:
     """Address and version: a gradient that has both still was not changed by an operation of autograd's."""
-    here = local(gradient)  # of a DTensor, whose memory shares its version with that of other parameters
-    return (here._values() if here.is_sparse else here).data_ptr(), gradient._version
+    plain = type(gradient) is Tensor and not gradient.is_sparse  # mostly, and sooner known than looked into
+    # Not the version of a DTensor's memory, which other parameters share.
+    return (gradient if plain else values_of(gradient)).data_ptr(), gradient._version
 
 
 def values_of(gradient: Tensor) -> Tensor:

@@ -27,9 +27,6 @@ from gradstats.window import Reading, Statistic, Window
 LOSS_REDUCTIONS = ("mean", "sum")
 GRANULARITIES = ("example", "token", "microbatch")
 
-# Raw sums of one parameter, how many examples they are over, p.grad as the last backward pass left it, and over how
-# many ranks it is averaged.
-Entry = tuple[dict[str, Tensor], int, Left | None, float]
 # Reads the windows of one parameter after another, given by name, itself and p.grad.
 Reader = Callable[[str, Tensor, Tensor | None], Reading]
 
@@ -116,11 +113,6 @@ class Handle(Readable):
     def averaged(self, name: str) -> float:
         """Over how many ranks p.grad and the sums of one parameter are; 1 in one process."""
         return 1
-
-    def entry(self, name: str, needs: Sequence[str]) -> Entry:
-        """`sums`, `left` and `averaged` at once; what optimizers ask for at every step, parameter by parameter."""
-        sums, size = self.sums(name, needs)
-        return sums, size, self.left(name), self.averaged(name)
 
     @property
     def gathered(self) -> bool:
@@ -336,10 +328,11 @@ class Handle(Readable):
                 way_out = f"attach(model, {names[0]!r}, ...)" if names else "give its statistic to attach"
                 raise MissingStatistic(f"{(names or [need])[0]!r} was not collected: {way_out}")
         multiplied = bool(needs) or needs_gradient
-        entry, reduction, fraction = self.entry, self.loss_reduction, self.fraction
+        reduction, fraction = self.loss_reduction, self.fraction
 
         def read(name: str, parameter: Tensor, gradient: Tensor | None) -> Reading:
-            sums, size, left, ranks = entry(name, needs)
+            sums, size = self.sums(name, needs)
+            left = self.left(name)
             if gradient is not None and left is not None and left.tensor() is not gradient:
                 raise MissingStatistic(
                     f"the gradient of '{name}' is another tensor than the one that its statistics are of: "
@@ -356,7 +349,7 @@ class Handle(Readable):
                     f"stats.clip_grad_norm_(max_norm); where a trainer clips, attach(..., follow_clipping=True); name "
                     f"a GradScaler, attach(..., grad_scaler=scaler); or read this statistic before."
                 )
-            return sums, mean, (size, reduction, 1.0, 1.0, factor, fraction, ranks)
+            return sums, mean, (size, reduction, 1.0, 1.0, factor, fraction, self.averaged(name))
 
         return read
 

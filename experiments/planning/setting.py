@@ -26,7 +26,7 @@ from experiments.schemas.optimizer import MicrobatchAdamWConfig
 from experiments.schemas.run import Config
 from gradstats.optim.base import ExampleOptimizer
 from gradstats.optim.elementwise import run
-from gradstats.optim.found import Found, Member, state_of
+from gradstats.optim.found import Found, Members, Row, state_of
 from gradstats.optim.parts import parts_of
 from gradstats.statistics import statistic_of
 from gradstats.sums import SUMS, RawSum
@@ -108,12 +108,13 @@ class Setting:
         """What a first step would find."""
         found = []
         for index, group in enumerate(optimizer.param_groups):
-            members = []
+            rows: list[Row] = []
             for p in group["params"]:
                 p.grad = torch.zeros_like(p)
                 sums = dict(zip(self.sums, self.sums_of(p), strict=True))
-                members.append(Member(p, p.grad, state_of(optimizer, p, group), sums))
-            found.append(Found(index, Window(members[0].sums, None, self.batch_size, "mean"), members))
+                rows.append((p, p.grad, state_of(optimizer, p, group), sums))
+            members = Members.of(rows)
+            found.append(Found(index, Window(members.sums[0], None, self.batch_size, "mean"), members))
         return found
 
     def step(self) -> int:

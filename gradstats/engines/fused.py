@@ -28,7 +28,7 @@ from gradstats.distributed.sharded import check, refuse_late, refuse_nested, sha
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.gradient import Left
-from gradstats.handle import Entry, Handle, Reader
+from gradstats.handle import Handle, Reader
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
 from gradstats.probe import Probe
@@ -39,6 +39,7 @@ from gradstats.sampling import Sampling, Turns
 from gradstats.statistics import Wanted
 from gradstats.sums import SUMS
 from gradstats.swap import swap, unswap
+from gradstats.window import Reading
 
 
 class FusedHandle(Handle):
@@ -319,15 +320,31 @@ class FusedHandle(Handle):
         account = self.accounts.get(name)
         return None if account is None else account.current
 
-    def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
-        found, size, *_ = self.entry(name, needs)
-        return found, size
-
     def reader(self, needs: Sequence[str], needs_gradient: bool = False) -> Reader:
-        self.lifetime.check()
-        return super().reader(needs, needs_gradient)
+        lifetime, accounts = self.lifetime, self.accounts
+        lifetime.check()
+        read = super().reader(needs, needs_gradient)
+        if lifetime.plain or self.shards is not None or self.granularity != "example" or self.follows_clipping:
+            return read
+        common = sum(lifetime.counts.values()), self.loss_reduction, 1.0, 1.0, 1.0, self.fraction, 1
 
-    def entry(self, name: str, needs: Sequence[str]) -> Entry:
+        def read_at_once(name: str, parameter: Tensor, gradient: Tensor | None) -> Reading:
+            """What holds for most parameters; of others, and of what is to be refused, the long way."""
+            account = accounts[name]
+            left, shadows = account.left, account.shadows
+            if (
+                (gradient is not None and left is not None and left.tensor() is gradient and left.factor == 1.0)
+                and not (account.unseen or account.first or account.steps or account.totals or not account.generations)
+                and (not needs_gradient or left.fits(gradient))
+            ):
+                sums = {need: q for need in needs if need in shadows and (q := shadows[need].grad) is not None}
+                if len(sums) == len(needs):
+                    return sums, gradient if needs_gradient else None, common
+            return read(name, parameter, gradient)
+
+        return read_at_once
+
+    def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         account, found = self.accounts[name], {}
         account.check()
         if needs and self.lifetime.plain and not account.gathered:
@@ -343,7 +360,7 @@ class FusedHandle(Handle):
                     f"before the forward pass"
                 )
             found[need] = value
-        return found, account.batch_size, account.left, self.averaged(name)
+        return found, account.batch_size
 
     def left(self, name: str) -> Left | None:
         return self.accounts[name].left

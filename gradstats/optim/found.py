@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,13 +22,21 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-class Member(NamedTuple):
-    """A parameter that has a gradient, with raw sums of what was backpropagated through it."""
+# Of a parameter that has a gradient: itself, gradient, state, and raw sums of what was backpropagated through it.
+Row = tuple[Tensor, Tensor, State, Mapping[str, Tensor]]
 
-    parameter: Tensor
-    gradient: Tensor
-    state: State
-    sums: Mapping[str, Tensor]
+
+class Members(NamedTuple):
+    """Such rows, column by column: what is asked of all tensors is asked at once."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    states: list[State]
+    sums: list[Mapping[str, Tensor]]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> Members:
+        return cls(*map(list, zip(*rows, strict=True)))
 
 
 class Found(NamedTuple):
@@ -36,22 +44,22 @@ class Found(NamedTuple):
 
     group: int  # its index
     window: Window  # of the first of them
-    members: list[Member]
+    members: Members
 
 
 def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
     """All that a step moves; `batch_size` is what it was told. Raises: MissingStatistic, LifetimeError."""
-    found: list[Found] = []
-    alone: list[tuple[int, Member]] = []  # with the index of their group
+    found: list[tuple[int, Window, list[Row]]] = []
+    alone: list[tuple[int, Row]] = []  # with the index of their group
     zeroed = functools.cache(lambda handle: handle.zeroed())
     sizes: dict[Handle, int] = {}
     handle: Handle | None = None
     states = optimizer.state
     for index, group in enumerate(optimizer.param_groups):
         readers = Readers(optimizer, group)
-        alike: dict[tuple[Any, ...], list[Member]] = {}
+        alike: dict[tuple[Any, ...], list[Row]] = {}
         last: tuple[Any, ...] | None = None
-        members: list[Member] = []
+        rows: list[Row] = []
         for p in group["params"]:
             gradient = p.grad
             if gradient is None:
@@ -61,7 +69,7 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
             if name is None:  # the last one's handle is faster to ask
                 handle, name = owner(p)
             if not readers.needs and (handle is None or name is None or handle.replaced(name, gradient)):
-                alone.append((index, Member(p, gradient, state, {})))
+                alone.append((index, (p, gradient, state, {})))
                 continue
             if handle is not None and zeroed(handle):
                 continue
@@ -74,11 +82,12 @@ def find(optimizer: ExampleOptimizer, batch_size: int | None) -> list[Found]:
                 check_size(handle, name, size, sizes.setdefault(handle, size))
             key = bool(sums), common  # without sums, the window was not gathered
             if key != last:  # mostly the same, and sooner known than looked up
-                last, members = key, alike.setdefault(key, [])
-                if not members:
-                    found.append(Found(index, Window(sums, mean, *common), members))
-            members.append(Member(p, gradient, state, sums))
-    return found + without_statistics(optimizer, alone, found, batch_size)
+                last, rows = key, alike.setdefault(key, [])
+                if not rows:
+                    found.append((index, Window(sums, mean, *common), rows))
+            rows.append((p, gradient, state, sums))
+    found += without_statistics(optimizer, alone, [window for _, window, _ in found], batch_size)
+    return [Found(index, window, Members.of(rows)) for index, window, rows in found]
 
 
 def state_of(optimizer: ExampleOptimizer, p: Tensor, group: dict[str, Any]) -> State:
@@ -179,33 +188,33 @@ def reader_of(optimizer: ExampleOptimizer, handle: Handle, needs: tuple[str, ...
 
 
 def without_statistics(
-    optimizer: ExampleOptimizer, alone: list[tuple[int, Member]], found: list[Found], given: int | None
-) -> list[Found]:
+    optimizer: ExampleOptimizer, alone: list[tuple[int, Row]], windows: list[Window], given: int | None
+) -> list[tuple[int, Window, list[Row]]]:
     """Parameters of no attached model: the batch size is that of the others, or the one given to `step`."""
-    sizes = {one.window.batch_size for one in found}
+    sizes = {window.batch_size for window in windows}
     if given is not None and sizes - {given}:
         raise GradstatsError(
             f"step(batch_size={given}), but {sorted(sizes - {given})} examples were backpropagated through the "
             f"attached model: leave batch_size away, statistics know it"
         )
     groups = optimizer.param_groups
-    moving = [(i, member) for i, member in alone if sizes or given is not None or float(groups[i]["lr"]) != 0]
+    moving = [(i, row) for i, row in alone if sizes or given is not None or float(groups[i]["lr"]) != 0]
     if not moving:
         return []
     if given is None and len(sizes) != 1:
         raise MissingStatistic(
-            f"the batch size behind the gradient of a parameter of shape {tuple(moving[0][1].parameter.shape)} is not "
+            f"the batch size behind the gradient of a parameter of shape {tuple(moving[0][1][0].shape)} is not "
             f"known: call gradstats.attach(model) before the forward pass, or step(batch_size=...)"
         )
     b = given if given is not None else next(iter(sizes))
-    reductions = {one.window.loss_reduction for one in found} or {"mean"}
+    reductions = {window.loss_reduction for window in windows} or {"mean"}
     if len(reductions) > 1:
         raise GradstatsError("models attached with different loss_reductions in one step: an optimizer each")
     (reduction,) = reductions
-    by_group: dict[int, list[Member]] = {}
-    for index, member in moving:
-        by_group.setdefault(index, []).append(member)
-    return [Found(i, Window({}, members[0].gradient, b, reduction), members) for i, members in by_group.items()]
+    by_group: dict[int, list[Row]] = {}
+    for index, row in moving:
+        by_group.setdefault(index, []).append(row)
+    return [(i, Window({}, rows[0][1], b, reduction), rows) for i, rows in by_group.items()]
 
 
 def allocate(p: Tensor, state: State, update: Update) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,10 @@ from gradstats.distributed.local import local, total
 from gradstats.distributed.spread import DTensor
 from gradstats.errors import GradstatsError
 from gradstats.optim.elementwise import Columns
-from gradstats.optim.found import Found, Member, State, allocate
+from gradstats.optim.found import Found, Members, State, allocate
 from gradstats.optim.tally import Tally
 from gradstats.optim.update import STATISTICS, Update
-from gradstats.sums import accumulation_dtype
+from gradstats.sums import PLAIN, accumulation_dtype
 from gradstats.window import Window
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 COVERED = "statistics_step"
 # Torch makes a tensor of a number once for every count that it is added to: given one, it takes half as long.
 ONE = torch.tensor(1, device="cpu")
+
+dtype_of, device_of = attrgetter("dtype"), attrgetter("device")
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def parts_of(optimizer: ExampleOptimizer, found: Sequence[Found], loss_scale: fl
     for index, window, of_window in found:
         group, b = optimizer.param_groups[index], window.batch_size
         for _, of_kind in alike(of_window, kinds(of_window)):
-            update = update_of(optimizer, group, of_kind[0].state, window)
+            update = update_of(optimizer, group, of_kind.states[0], window)
             complete(update, of_kind)
             tally = optimizer.tallies[next(number)]
             for (before, waiting, younger, _), members in alike(of_kind, ages(update, of_kind, tally, b)):
@@ -111,52 +114,59 @@ def parts_of(optimizer: ExampleOptimizer, found: Sequence[Found], loss_scale: fl
                 age = Age(b, before + b, younger, waiting, update.waits)
                 scalars = common_scalars(group, age, update, window, loss_scale)
                 scalars |= optimizer.scalars(group, age, update)
-                states, columns = [member.state for member in members], columns_of(update, members)
-                parts.append(Part(group, age, update, scalars, states, columns, members[0].parameter, tally))
+                columns, one = columns_of(update, members), members.parameters[0]
+                parts.append(Part(group, age, update, scalars, members.states, columns, one, tally))
     return parts
 
 
-def alike(members: list[Member], keys: list[Any]) -> Iterable[tuple[Any, list[Member]]]:
+def alike(members: Members, keys: list[Any]) -> Iterable[tuple[Any, Members]]:
     """Those of one key together."""
     if keys.count(keys[0]) == len(keys):  # mostly, and sooner known than sorted
         return [(keys[0], members)]
-    found: dict[Any, list[Member]] = {}
-    for member, key in zip(members, keys, strict=True):
-        found.setdefault(key, []).append(member)
-    return found.items()
+    found: dict[Any, list[Any]] = {}
+    for row, key in zip(zip(*members, strict=True), keys, strict=True):
+        found.setdefault(key, []).append(row)
+    return [(key, Members.of(rows)) for key, rows in found.items()]
 
 
-def kinds(members: Sequence[Member]) -> list[tuple[Any, ...]]:
+def kinds(members: Members) -> list[tuple[Any, ...]]:
     """What decides the update of each, and with which others one kernel can move it."""
-    return [(p.dtype, p.device, p.device_mesh if isinstance(p, DTensor) else None, *s) for p, _, s, _ in members]
+    parameters = members.parameters
+    kept = map(dtype_of, parameters), map(device_of, parameters), map(tuple, members.states)
+    if PLAIN.issuperset(map(type, parameters)):
+        return list(zip(*kept, strict=True))
+    meshes = [p.device_mesh if isinstance(p, DTensor) else None for p in parameters]
+    return list(zip(*kept, meshes, strict=True))
 
 
-def complete(update: Update, members: Sequence[Member]) -> None:
-    """Allocates what the update keeps of the parameters, and is not there yet."""
-    dtype, names = accumulation_dtype(members[0].parameter.dtype), update.buffers
-    if any(name not in one.state or one.state[name].dtype != dtype for one in members for name in names):
-        for one in members:
-            allocate(one.parameter, one.state, update)
+def complete(update: Update, members: Members) -> None:
+    """Allocates what the update keeps of parameters of a kind, and is not there yet."""
+    states, names, dtype = members.states, update.buffers, accumulation_dtype(members.parameters[0].dtype)
+    if not (states[0].keys() >= {*names} and {state[name].dtype for name in names for state in states} <= {dtype}):
+        for p, state in zip(members.parameters, states, strict=True):
+            allocate(p, state, update)
 
 
 def ages(
-    update: Update, members: Sequence[Member], tally: Tally, b: int
+    update: Update, members: Members, tally: Tally, b: int
 ) -> list[tuple[int, int, tuple[tuple[str, int], ...], tuple[float, ...]]]:
     """What decides the scalars of each: the examples that its state has seen, how many of them its averages of
     statistics still wait for, those of its younger buffers with this batch, and its numbers."""
-    found, younger, numbers = [], update.younger, update.numbers
-    states = [member.state for member in members]
-    missed = COVERED in states[0]
-    for state, before in zip(states, tally.of(states), strict=True):
-        waiting: int = before - state[COVERED].item() if missed else 0
+    states, younger, numbers = members.states, update.younger, update.numbers
+    counts = tally.of(states)
+    if not (COVERED in states[0] or younger or numbers):
+        return [(before, 0, (), ()) for before in counts]
+    found = []
+    for state, before in zip(states, counts, strict=True):
+        waiting: int = before - state[COVERED].item() if COVERED in state else 0
         grown = [(name, int(state[f"{name}_step"]) + update.growth(name, b, waiting)) for name in younger]
         found.append((before, waiting, tuple(grown), tuple([float(state[name]) for name in numbers])))
     return found
 
 
-def columns_of(update: Update, members: Sequence[Member]) -> Columns:
+def columns_of(update: Update, members: Members) -> Columns:
     """Parameters, gradients, raw sums and buffers, all in one order; of sharded ones, what is here."""
-    parameters, gradients, states, sums = map(list, zip(*members, strict=True))
+    parameters, gradients, states, sums = members
     columns: Columns = {"parameter": parameters, "gradient": [g.to_dense() if g.is_sparse else g for g in gradients]}
     for name in update.reads:
         columns[name] = [one[name] for one in sums]
