@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 #include "numbers.h"
@@ -167,10 +168,12 @@ bool step(int phase, int partner, int bound, bool reads, int64_t count, TensorIm
 }  // namespace
 
 extern "C" int adam(int phase, int partner, int bound, bool reads, int64_t count, TensorImpl* const* tensors,
-                    const double* numbers, int threads, int64_t grain) {
+                    const double* numbers, int threads, int64_t grain) try {
   const ScalarType dtype = tensors[0]->dtype().toScalarType();
   const auto chosen = dtype == ScalarType::Double     ? step<double, double>
                       : dtype == ScalarType::BFloat16 ? step<BFloat16, float>
                                                       : step<float, float>;
   return chosen(phase, partner, bound, reads, count, tensors, numbers, threads, grain);
+} catch (const std::exception&) {  // by torch, of memory that it does not give: who is asked next says so
+  return false;
 }

@@ -68,7 +68,7 @@ class Part:
     states: list[State]
     columns: Columns  # "parameter", "gradient", raw sums and buffers, in one order
     one: Tensor  # of the parameters
-    tally: Tally  # of the states' "step", and maybe of others'
+    tally: Tally  # of the states' counts, and maybe of others'
 
     def total(self, sums: Tensor) -> Tensor:
         """Sums over all elements from those over the columns', which are this rank's where parameters are sharded."""
@@ -82,12 +82,17 @@ class Part:
                 state.setdefault(COVERED, state["step"].clone())
             if not self.update.waits:
                 add([state[COVERED] for state in self.states], self.age.stands_for)
-        if len(self.states) == len(self.tally):  # it has no others
-            self.tally.add(b)
+        numbers = [b, *(self.update.growth(name, b, waiting) for name in self.update.younger)]
+        if len(self.states) * len(numbers) == len(self.tally):  # it has no others
+            self.tally.add(*numbers)
         else:
-            add([state["step"] for state in self.states], b)
-        for name in self.update.younger:
-            add([state[f"{name}_step"] for state in self.states], self.update.growth(name, b, waiting))
+            for name, number in zip(counts_of(self.update), numbers, strict=True):
+                add([state[name] for state in self.states], number)
+
+
+def counts_of(update: Update) -> list[str]:
+    """The entries of a state that count examples: what it has seen, and what its younger buffers have."""
+    return ["step", *(f"{name}_step" for name in update.younger)]
 
 
 def add(counts: list[Tensor], number: int) -> None:
@@ -108,10 +113,12 @@ def parts_of(optimizer: ExampleOptimizer, found: Sequence[Found], loss_scale: fl
             update = update_of(optimizer, group, of_kind.states[0], window)
             complete(update, of_kind)
             tally = optimizer.tallies[next(number)]
-            for (before, waiting, younger, _), members in alike(of_kind, ages(update, of_kind, tally, b)):
+            for (before, waiting, seen, _), members in alike(of_kind, ages(update, of_kind, tally)):
                 if update.waits and waiting == before:  # there is no average yet
                     continue
-                age = Age(b, before + b, younger, waiting, update.waits)
+                younger = zip(update.younger, seen, strict=True)
+                grown = tuple((name, count + update.growth(name, b, waiting)) for name, count in younger)
+                age = Age(b, before + b, grown, waiting, update.waits)
                 scalars = common_scalars(group, age, update, window, loss_scale)
                 scalars |= optimizer.scalars(group, age, update)
                 columns, one = columns_of(update, members), members.parameters[0]
@@ -147,21 +154,17 @@ def complete(update: Update, members: Members) -> None:
             allocate(p, state, update)
 
 
-def ages(
-    update: Update, members: Members, tally: Tally, b: int
-) -> list[tuple[int, int, tuple[tuple[str, int], ...], tuple[float, ...]]]:
+def ages(update: Update, members: Members, tally: Tally) -> list[tuple[int, int, tuple[int, ...], tuple[float, ...]]]:
     """What decides the scalars of each: the examples that its state has seen, how many of them its averages of
-    statistics still wait for, those of its younger buffers with this batch, and its numbers."""
-    states, younger, numbers = members.states, update.younger, update.numbers
-    counts = tally.of(states)
-    if not (COVERED in states[0] or younger or numbers):
-        return [(before, 0, (), ()) for before in counts]
-    found = []
-    for state, before in zip(states, counts, strict=True):
-        waiting: int = before - state[COVERED].item() if COVERED in state else 0
-        grown = [(name, int(state[f"{name}_step"]) + update.growth(name, b, waiting)) for name in younger]
-        found.append((before, waiting, tuple(grown), tuple([float(state[name]) for name in numbers])))
-    return found
+    statistics still wait for, those that its younger buffers have seen, and its numbers."""
+    states = members.states
+    counts, *younger = tally.of(states, *counts_of(update))
+    numbers = [[float(state[name]) for state in states] for name in update.numbers]
+    waiting = [0] * len(states)
+    if COVERED in states[0]:
+        waiting = [before - state[COVERED].item() for before, state in zip(counts, states, strict=True)]
+    seen, known = (list(zip(*columns, strict=True)) or [()] * len(states) for columns in (younger, numbers))
+    return list(zip(counts, waiting, seen, known, strict=True))
 
 
 def columns_of(update: Update, members: Members) -> Columns:

@@ -19,36 +19,50 @@ def states(*counts):
 def test_counts_are_the_states_own():
     """They are read wherever the states changed them, and the states see what is added."""
     tally, held = Tally(), states(3, 5)
-    assert tally.of(held) == [3, 5]
+    assert tally.of(held, "step") == [[3, 5]]
     tally.add(4)
     assert [int(state["step"]) for state in held] == [7, 9]
     held[0]["step"].fill_(20)
     held[1]["step"] += 1
-    assert tally.of(held) == [20, 10]
+    assert tally.of(held, "step") == [[20, 10]]
     assert all(state["step"].dtype == torch.int64 and state["step"].shape == () for state in held)
+
+
+def test_several_counts_of_a_state():
+    """Each by its own number; and of those that come later, from where they are."""
+    tally, held = Tally(), states(3, 5)
+    tally.of(held, "step")
+    tally.add(1)
+    for state in held:
+        state["later"] = torch.tensor(10)
+    assert tally.of(held, "step", "later") == [[4, 6], [10, 10]]
+    tally.add(2, 7)
+    assert [(int(state["step"]), int(state["later"])) for state in held] == [(6, 17), (8, 17)]
+    held[1]["later"] = torch.tensor(0)
+    assert tally.of(held, "step", "later") == [[6, 8], [17, 0]]
 
 
 def test_others_are_counted_apart():
     """A state that is not asked for keeps what it had seen, and one that was replaced is read anew."""
     tally, held = Tally(), states(1, 2, 3)
-    tally.of(held)
-    assert tally.of(held[:2]) == [1, 2]
+    tally.of(held, "step")
+    assert tally.of(held[:2], "step") == [[1, 2]]
     tally.add(10)
     assert [int(state["step"]) for state in held] == [11, 12, 3]
     held[0]["step"] = torch.tensor(100)
-    assert tally.of(held) == [100, 12, 3]
+    assert tally.of(held, "step") == [[100, 12, 3]]
 
 
 def test_copies_and_files_have_numbers_of_their_own():
     tally, held = Tally(), states(1, 2)
-    tally.of(held)
+    tally.of(held, "step")
     copied, file = copy.deepcopy(held), io.BytesIO()
     torch.save(held, file)
     file.seek(0)
     loaded = torch.load(file)
     tally.add(5)
     for other in (copied, loaded):
-        assert Tally().of(other) == [1, 2] and [int(state["step"]) for state in held] == [6, 7]
+        assert Tally().of(other, "step") == [[1, 2]] and [int(state["step"]) for state in held] == [6, 7]
 
 
 def move(steps):
@@ -65,10 +79,10 @@ def swap(steps):
 def test_counts_that_were_moved(change, seen):
     """The states hold the same tensors, whose numbers are elsewhere from then on."""
     tally, held = Tally(), states(3, 5)
-    tally.of(held)
+    tally.of(held, "step")
     tally.add(4)
     change([state["step"] for state in held])
-    assert tally.of(held) == seen
+    assert tally.of(held, "step") == [seen]
     tally.add(4)
     assert [int(state["step"]) for state in held] == [count + 4 for count in seen]
 
