@@ -39,7 +39,6 @@ from gradstats.sampling import Sampling, Turns
 from gradstats.statistics import Wanted
 from gradstats.sums import SUMS
 from gradstats.swap import swap, unswap
-from gradstats.window import Reading
 
 
 class FusedHandle(Handle):
@@ -321,28 +320,8 @@ class FusedHandle(Handle):
         return None if account is None else account.current
 
     def reader(self, needs: Sequence[str], needs_gradient: bool = False) -> Reader:
-        lifetime, accounts = self.lifetime, self.accounts
-        lifetime.check()
-        read = super().reader(needs, needs_gradient)
-        if lifetime.plain or self.shards is not None or self.granularity != "example" or self.follows_clipping:
-            return read
-        common = sum(lifetime.counts.values()), self.loss_reduction, 1.0, 1.0, 1.0, self.fraction, 1
-
-        def read_at_once(name: str, parameter: Tensor, gradient: Tensor | None) -> Reading:
-            """What holds for most parameters; of others, and of what is to be refused, the long way."""
-            account = accounts[name]
-            left, shadows = account.left, account.shadows
-            if (
-                (gradient is not None and left is not None and left.tensor() is gradient and left.factor == 1.0)
-                and not (account.unseen or account.first or account.steps or account.totals or not account.generations)
-                and (not needs_gradient or left.fits(gradient))
-            ):
-                sums = {need: q for need in needs if need in shadows and (q := shadows[need].grad) is not None}
-                if len(sums) == len(needs):
-                    return sums, gradient if needs_gradient else None, common
-            return read(name, parameter, gradient)
-
-        return read_at_once
+        self.lifetime.check()
+        return super().reader(needs, needs_gradient)
 
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         account, found = self.accounts[name], {}

@@ -169,9 +169,9 @@ inline __attribute__((always_inline)) void tile(const S* d, int64_t height, cons
     }
 }
 
-// One tile of a product d^T a, for the packed examples.
+// One tile of a product d^T a, for the packed examples; the first of them find memory as it was.
 template <int ROWS, int VECTORS, class S>
-inline void product(const S* d, int64_t height, const S* a, int64_t n, S* sum, int64_t stride) {
+inline void product(const S* d, int64_t height, const S* a, int64_t n, S* sum, int64_t stride, bool adds) {
   using V = typename Vector<S>::type;
   constexpr int lanes = Vector<S>::lanes;
   V g[ROWS][VECTORS] = {};
@@ -186,7 +186,7 @@ inline void product(const S* d, int64_t height, const S* a, int64_t n, S* sum, i
   for (int r = 0; r < ROWS; ++r)
     for (int k = 0; k < VECTORS; ++k) {
       S* const to = sum + r * stride + k * lanes;
-      store(to, load<V>(to) + g[r][k]);
+      store(to, adds ? load<V>(to) + g[r][k] : g[r][k]);
     }
 }
 
@@ -203,10 +203,11 @@ void task(int64_t index, const Plan& plan, Operand<In> d, Operand<In> a, int64_t
   static_assert((ONE ? ONE_TALL : ROW_UNIT) % ROWS == 0);
   S edge_first[ROWS * wide] = {}, edge_second[ROWS * wide] = {};
 
-  for (int64_t r = row; r < row + rows; ++r) {
-    std::fill_n(gradient + r * i + column, columns, S(0));
-    if (SQUARES) std::fill_n(squares + r * i + column, columns, S(0));
-  }
+  if (!ONE)
+    for (int64_t r = row; r < row + rows; ++r) {
+      std::fill_n(gradient + r * i + column, columns, S(0));
+      if (SQUARES) std::fill_n(squares + r * i + column, columns, S(0));
+    }
   for (int64_t start = 0; start < n; start += plan.examples) {
     const int64_t examples = std::min(plan.examples, n - start), depth = examples * t;
     for (int64_t place = 0; place < depth; ++place) {
@@ -244,7 +245,7 @@ void task(int64_t index, const Plan& plan, Operand<In> d, Operand<In> a, int64_t
     };
     if constexpr (ONE) {
       const auto multiply = [&](const S* d, const S* a, S* sum, S*, int64_t stride, int64_t, int64_t) {
-        product<ROWS, VECTORS>(d, plan.rows, a, examples, sum, stride);
+        product<ROWS, VECTORS>(d, plan.rows, a, examples, sum, stride, start > 0);
       };
       each_tile(gradient, nullptr, multiply);
       for (S* x = scratch; x < norm; ++x) *x *= *x;
