@@ -20,8 +20,10 @@ PEERS = ("opacus", "backpack-for-pytorch")
 
 def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     on_cuda = torch.device(device).type == "cuda"
+    instructions = {} if on_cuda else {"instructions": torch.backends.cpu.get_cpu_capability()}
     return {
         "processor": torch.cuda.get_device_name(device) if on_cuda else processor(),
+        **instructions,  # of processors of one name, some have wider vectors
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,

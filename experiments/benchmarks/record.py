@@ -36,20 +36,30 @@ def records() -> list[Run]:
 
 
 def write_pages() -> None:
-    """docs/benchmark.md from the newest run of each device, its figures, and the README's table from that on a CPU.
+    """docs/benchmark.md from the newest run of each kind of device, their figures, and the README's table from the
+    newest on a CPU.
 
     Raises: UserError without a record, or without markers to write between."""
-    newest = {str(run.about["device"]).partition(":")[0]: run for run in records()}
+    found = records()
+    newest = {kind_of(run): run for run in found}
     if not newest:
         raise UserError(f"nothing is recorded in {RECORD}: python -m experiments.benchmark --record")
     parts = []
-    for device, run in newest.items():
-        figure = RECORD.with_name(f"benchmark_{device}.png")
+    for kind, run in newest.items():
+        figure = RECORD.with_name("_".join(["benchmark", *kind]).lower() + ".png")
         drawn = [f"![Time against memory]({figure.name})"] if draw(run, figure) or figure.exists() else []
-        parts.append("\n\n".join([f"## {run.about['processor']}, {run.about['dtype']}", *drawn, page(run)]))
+        title = ", ".join(run.about[key] for key in ("processor", "instructions", "dtype") if key in run.about)
+        parts.append("\n\n".join([f"## {title}", *drawn, page(run)]))
     fill_document(PAGE, "runs", "\n\n".join(parts))
-    if "cpu" in newest:
-        fill_document(README, "price", summary(newest["cpu"]))
+    on_cpu = [run for run in found if kind_of(run)[0] == "cpu"]
+    if on_cpu:
+        fill_document(README, "price", summary(on_cpu[-1]))
+
+
+def kind_of(run: Run) -> tuple[str, ...]:
+    """The device, and the vector instructions of a CPU, on whose width the ratios depend."""
+    device = str(run.about["device"]).partition(":")[0]
+    return (device, run.about["instructions"]) if "instructions" in run.about else (device,)
 
 
 def draw(run: Run, path: Path) -> bool:

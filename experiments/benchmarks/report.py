@@ -20,7 +20,10 @@ LEGEND = (
     "parameters. Off: relative error of the statistic, ours against a loop over examples, others against ours (est.: "
     "an estimate); gradients are checked too. Who is wrong, or fails, has the reason in place of a time."
 )
-SETTINGS = ("device", "dtype", "threads", "processor", "python", "torch", "gradstats", "opacus", "backpack-for-pytorch")
+SETTINGS = (
+    *("device", "dtype", "threads", "processor", "instructions"),
+    *("python", "torch", "gradstats", "opacus", "backpack-for-pytorch"),
+)
 COLUMNS = ["contestant", "statistic", "time", "quartiles", "ms", "memory", "off"]
 
 

@@ -16,6 +16,7 @@ from experiments.benchmarks.machine import machine, peers, save
 def test_machine_is_told() -> None:
     told = machine(3)
     assert told["threads"] == 3 and told["torch"] == torch.__version__ and told["processor"]
+    assert told["instructions"] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_peers_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:

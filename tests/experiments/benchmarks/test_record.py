@@ -47,6 +47,16 @@ def test_pages_are_of_the_newest_run_of_each_device(folder: Path) -> None:
     ]
 
 
+def test_processors_of_other_instructions_are_other_devices(folder: Path) -> None:
+    for about in ({}, {"instructions": "AVX2"}, {"instructions": "AVX512", "processor": "wide"}):
+        record.append(run(**about))
+    record.write_pages()
+    page = record.PAGE.read_text()
+    assert "## abacus, float32" in page and "## abacus, AVX2, float32" in page and "## wide, AVX512, float32" in page
+    for figure in ("benchmark_cpu.png", "benchmark_cpu_avx2.png", "benchmark_cpu_avx512.png"):
+        assert f"({figure})" in page and record.RECORD.with_name(figure).exists()
+
+
 def test_without_matplotlib_there_is_no_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record.importlib.util, "find_spec", lambda name: None)
     record.append(run())
