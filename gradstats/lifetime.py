@@ -51,7 +51,6 @@ class Lifetime:
         self.started = False  # a leaf has been reached in the backward pass under way
         self.returned = False  # and one of them has returned gradients, which autograd may have accumulated
         self._begins = False  # it is the first through its generation
-        self._anew = False  # it found no gradient that statistics could miss
         self.broken = False  # a pass of this window was cut short, in the midst of its gradients
         self.current = 0  # the generation that it is going through
         self._gathers = True  # whether it gathers
@@ -193,8 +192,7 @@ class Lifetime:
             self.backward_passes += 1
             for account in self.accounts:
                 account.begin_pass()
-            self._anew = all(account.fresh for account in self.accounts if account.trainable)
-            if self._anew:
+            if all(account.fresh for account in self.accounts if account.trainable):
                 self.zero(keeps=not gathers)
                 self.turns.begin(gathers)
             elif self.turns.every > 1 and any(account.fresh for account in self.accounts if account.generations):
@@ -217,9 +215,9 @@ class Lifetime:
                 f"dimension of every input must run over the examples. Call the layers from one module's forward, and "
                 f"attach that module."
             )
-        if not self._anew:
-            for account in accounts:
-                account.begin_use(self.backward_passes, self.first_open)
+        # Now, not when the pass began: until then a hook may have set its gradient, and who is frozen has an old one.
+        for account in accounts:
+            account.begin_use(self.backward_passes, self.first_open)
 
     def begin_plain(self, leaf: Leaf, accounts: Sequence[Account], n: int, generation: int) -> None:
         """The same as `begin_backward` for a leaf's call that gathers nothing, as it does not without examples."""

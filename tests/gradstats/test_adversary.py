@@ -245,6 +245,36 @@ def test_gradient_that_the_window_has_not_seen_is_refused(spoil):
         handle.second_moment["0.weight"]
 
 
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda w: setattr(w, "grad", torch.ones_like(w)),
+        lambda w: torch.enable_grad()(lambda: w.square().sum().backward())(),
+    ],
+)
+def test_gradient_set_within_the_backward_pass_is_refused(within):
+    model, x, y = problem()
+    handle = attach(model, *oracle.STATISTICS)
+    model[2].weight.register_post_accumulate_grad_hook(lambda _: within(model[0].weight))
+    loss_of(model(x), y).backward()
+    with pytest.raises(LifetimeError, match="more than these statistics"):
+        handle.second_moment["0.weight"]
+
+
+def test_parameter_frozen_after_the_forward_does_not_move_by_its_old_gradient():
+    model, x, y = problem()
+    handle, optimizer = attach(model, "second_moment"), BatchInvariantAdam(model.parameters(), lr=0.1, batch_size=B)
+    loss_of(model(x), y).backward()
+    for p in [*model.parameters()][1:]:
+        p.grad = None
+    loss = loss_of(model(-x), y)
+    model[0].weight.requires_grad_(False)
+    loss.backward()
+    assert handle.batch_size == B
+    with pytest.raises(LifetimeError, match="more than these statistics"):
+        optimizer.step()
+
+
 def test_gradient_older_than_attach_is_refused():
     model, x, y = problem()
     loss_of(model(x), y).backward()
