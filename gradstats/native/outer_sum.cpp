@@ -18,6 +18,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -272,17 +273,20 @@ std::vector<S>& memory() {
   return kept;
 }
 
-// Numbers in it, aligned to vectors.
+// Numbers in it, aligned to vectors; null where there is no memory for them.
 template <class S>
-S* scratch_of(int64_t size) {
+S* scratch_of(int64_t size) try {
   size += BYTES / sizeof(S);
   if (memory<S>().size() < size_t(size)) memory<S>().resize(size);
   const auto address = reinterpret_cast<uintptr_t>(memory<S>().data());
   return reinterpret_cast<S*>((address + BYTES - 1) / BYTES * BYTES);
+} catch (const std::bad_alloc&) {
+  return nullptr;
 }
 
+// False if no thread was given memory; else those that were do the tasks of the others.
 template <bool SQUARES, bool NORMS, class S, class In>
-void run(Operand<In> d, Operand<In> a, int64_t n, int64_t t, int64_t o, int64_t i, S* gradient, S* squares, S* norms,
+bool run(Operand<In> d, Operand<In> a, int64_t n, int64_t t, int64_t o, int64_t i, S* gradient, S* squares, S* norms,
          int threads) {
   const Plan plan(n, t, o, i, NORMS, Vector<S>::lanes);
   const auto run_task = t == 1 && !NORMS ? task<ONE_TALL, ONE_WIDE, SQUARES, false, true, S, In>
@@ -293,24 +297,25 @@ void run(Operand<In> d, Operand<In> a, int64_t n, int64_t t, int64_t o, int64_t 
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int thread = 0; thread < threads; ++thread) {
     S* const scratch = scratch_of<S>(plan.scratch);
-    for (int64_t index; (index = next++) < plan.tasks;)
+    for (int64_t index; scratch != nullptr && (index = next++) < plan.tasks;)
       run_task(index, plan, d, a, n, t, o, i, gradient, squares, norms, scratch);
     if (plan.scratch > KEPT) std::vector<S>().swap(memory<S>());
   }
+  return next >= plan.tasks;
 }
 
 template <class S, class In>
-void choose(const int64_t* z, const In* d, const In* a, S* gradient, S* squares, S* norms, int threads) {
+bool choose(const int64_t* z, const In* d, const In* a, S* gradient, S* squares, S* norms, int threads) {
   const auto chosen = squares == nullptr ? run<false, true, S, In>
                       : norms == nullptr ? run<true, false, S, In>
                                          : run<true, true, S, In>;
-  chosen({d, z[4], z[5], z[6]}, {a, z[7], z[8], z[9]}, z[0], z[1], z[2], z[3], gradient, squares, norms, threads);
+  return chosen({d, z[4], z[5], z[6]}, {a, z[7], z[8], z[9]}, z[0], z[1], z[2], z[3], gradient, squares, norms, threads);
 }
 
 }  // namespace
 
 // Sizes are n, t, o, i, all positive, and the strides of d and of a. At least one of squares and norms is asked for, the
-// other may be null.
+// other may be null. 0 is returned where there was no memory.
 extern "C" {
 
 // The number of tasks for norms of `bytes` bytes a number.
@@ -319,8 +324,8 @@ int64_t outer_sum_tasks(const int64_t* sizes, int64_t bytes) {
 }
 
 #define OUTER_SUM(NAME, S, IN)                                                                                         \
-  void NAME(const int64_t* sizes, const IN* d, const IN* a, S* gradient, S* squares, S* norms, int threads) {          \
-    choose(sizes, d, a, gradient, squares, norms, threads);                                                            \
+  int NAME(const int64_t* sizes, const IN* d, const IN* a, S* gradient, S* squares, S* norms, int threads) {           \
+    return choose(sizes, d, a, gradient, squares, norms, threads);                                                     \
   }
 OUTER_SUM(outer_sum_float32, float, float)
 OUTER_SUM(outer_sum_float64, double, double)

@@ -45,7 +45,8 @@ def sums(d: Tensor, a: Tensor, names: Collection[str]) -> Reduction:
     if "squared_norms" in names:
         norms = torch.empty(kernels.outer_sum_tasks(sizes, dtype.itemsize), n, dtype=dtype)
     addresses = (pointer(tensor) for tensor in (d, a, gradient, squares, norms))
-    getattr(kernels, KERNELS[d.dtype])(sizes, *addresses, torch.get_num_threads())
+    if not getattr(kernels, KERNELS[d.dtype])(sizes, *addresses, torch.get_num_threads()):
+        raise MemoryError(f"outer_sum has no memory to pack operands of shapes {tuple(d.shape)} and {tuple(a.shape)}")
     norms = norms if norms is None else norms.sum(0)
     return gradient.to(d.dtype), present({"sum_of_squares": squares, "squared_norms": norms})
 

@@ -1,5 +1,8 @@
 """The kernel against the stack of contributions that it never forms."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,3 +153,16 @@ def test_memory_beside_the_results_of_one_position():
     with meter.contestant(), meter.steps():
         outer_sum.sums(d, a, BOTH[:1])
     assert meter.peak <= (2 * 700 * 800 + torch.get_num_threads() * 64 * (96 + 96)) * 4
+
+
+def test_memory_that_is_refused_is_an_error_and_not_the_end_of_the_process():
+    d = torch.randn(1, 1, 192).expand(1, 200_000, 192)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**27, before[1]))
+    try:
+        with pytest.raises(MemoryError, match="200000"):
+            outer_sum.sums(d, d, BOTH)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    check(*operands(2, 3, 4, 5))
