@@ -68,8 +68,8 @@ constexpr int ONE_TALL = MANY_REGISTERS ? 8 : 6, ONE_WIDE = MANY_REGISTERS ? 3 :
 // Most rows and columns of a task; rows are rounded up to what the tiles divide. Smaller tasks pack more often: of 96
 // they took 1.15 times as long with 16 registers, and as long with 32, whose tiles are larger.
 constexpr int64_t PART = 192, ROW_UNIT = 4, ONE_PART = MANY_REGISTERS ? 96 : PART;
-// Examples times positions packed at once: a column of tiles of them stays in a first-level cache. Of fewer, gradient and
-// squares go more often through the cache: with 20 of 256 examples a step took up to 1.4 times as long.
+// Examples times positions packed at once: a column of tiles of them stays in a first-level cache. Of fewer, gradient
+// and squares go more often through the cache: with 20 of 256 examples a step took up to 1.4 times as long.
 constexpr int64_t DEPTH = 128, ONE_DEPTH = MANY_REGISTERS ? 64 : DEPTH;
 
 // Numbers that a thread keeps for its next call; an example with a hundred thousand positions needs more.
@@ -309,13 +309,14 @@ bool choose(const int64_t* z, const In* d, const In* a, S* gradient, S* squares,
   const auto chosen = squares == nullptr ? run<false, true, S, In>
                       : norms == nullptr ? run<true, false, S, In>
                                          : run<true, true, S, In>;
-  return chosen({d, z[4], z[5], z[6]}, {a, z[7], z[8], z[9]}, z[0], z[1], z[2], z[3], gradient, squares, norms, threads);
+  const Operand<In> rows{d, z[4], z[5], z[6]}, columns{a, z[7], z[8], z[9]};
+  return chosen(rows, columns, z[0], z[1], z[2], z[3], gradient, squares, norms, threads);
 }
 
 }  // namespace
 
-// Sizes are n, t, o, i, all positive, and the strides of d and of a. At least one of squares and norms is asked for, the
-// other may be null. 0 is returned where there was no memory.
+// Sizes are n, t, o, i, all positive, and the strides of d and of a. At least one of squares and norms is asked for,
+// the other may be null. 0 is returned where there was no memory.
 extern "C" {
 
 // The number of tasks for norms of `bytes` bytes a number.
