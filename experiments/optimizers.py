@@ -175,7 +175,7 @@ def attach_statistics(
 ) -> gradstats.Handle | None:
     """What the optimizer reads, and more; a model of which nothing is read stays plain. `generator` draws the examples
     of engine.fraction, and the signs of engine.name=random_sign. `batch_size`: that of all backward passes, if it is
-    known and the model is not compiled.
+    known, and the model computes in float32 and is not compiled.
 
     Raises: UserError for an engine that this loop cannot serve; GradstatsError for what the engine or the optimizer
     cannot do with a part of the statistics."""

@@ -89,7 +89,7 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
         *(model, optimizer, config.optimizer, *detail),
         engine=config.engine,
         generator=draws.generator,
-        batch_size=None if config.hardware.compile else B,
+        batch_size=None if config.hardware.compile or config.hardware.bf16 else B,
     )
     peak_lr = optimizer.param_groups[0]["lr"]
     gradient_limit = None if isinstance(optimizer, ExampleOptimizer) else config.train.max_norm
