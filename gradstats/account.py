@@ -221,8 +221,7 @@ class Account:
     @property
     def fresh(self) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-        grad = self.parameter.grad  # mostly None
-        return grad is None or fresh(grad, self.left.state if self.left is not None else None)
+        return fresh(self.parameter.grad, self.left.state if self.left is not None else None)
 
     def begin_use(self, backward_pass: int, first_open: int) -> None:
         """The first use of the parameter in a backward pass: does its p.grad go with its statistics?"""

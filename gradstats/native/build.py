@@ -16,24 +16,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 SOURCES = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
 FLAGS = ("-O3", "-fno-math-errno", "-fPIC", "-fopenmp", "-Wno-psabi")
-# By source: for what, how it is compiled, and linked. In a step a product is rounded before something is added to it,
-# as in torch's, from which 200 steps of AdamW in float32 are otherwise further away than torch is from itself with
-# another order of the examples.
-KINDS = {
-    "outer_sum": ("weights of Linear layers and convolutions", ("-std=c++17", "-ffp-contract=fast"), ()),
-    "adam": (
-        "Adam's step",
-        ("-std=c++20", "-ffp-contract=off", "-isystem", str(TORCH / "include")),  # what torch's headers ask for
-        (f"-L{TORCH / 'lib'}", "-lc10"),
-    ),
-}
 # By what torch calls its own kernels for this processor; others compile for what every processor of their kind has.
 INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
@@ -41,13 +30,35 @@ INSTRUCTIONS = {
 }
 LONGEST = 120  # seconds
 BOOL, INT, LONG, ADDRESS = ctypes.c_bool, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-# By source, the arguments of what is called.
-SYMBOLS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "outer_sum": {
-        "outer_sum_tasks": (ADDRESS, LONG),
-        **{f"outer_sum_{dtype}": (*[ADDRESS] * 6, INT) for dtype in ("float32", "float64", "bfloat16")},
-    },
-    "adam": {"adam": (INT, INT, INT, BOOL, LONG, ADDRESS, ADDRESS, INT, LONG)},
+
+
+class Source(NamedTuple):
+    """A file beside this one: what it is for, how it is compiled and linked, and the arguments of what is called."""
+
+    purpose: str
+    flags: tuple[str, ...]
+    links: tuple[str, ...]
+    symbols: dict[str, tuple[Any, ...]]
+
+
+# In a step a product is rounded before something is added to it, as in torch's, from which 200 steps of AdamW in
+# float32 are otherwise further away than torch is from itself with another order of the examples.
+KERNELS = {
+    "outer_sum": Source(
+        "weights of Linear layers and convolutions",
+        ("-std=c++17", "-ffp-contract=fast"),
+        (),
+        {
+            "outer_sum_tasks": (ADDRESS, LONG),
+            **{f"outer_sum_{dtype}": (*[ADDRESS] * 6, INT) for dtype in ("float32", "float64", "bfloat16")},
+        },
+    ),
+    "adam": Source(
+        "Adam's step",
+        ("-std=c++20", "-ffp-contract=off", "-isystem", str(TORCH / "include")),  # what torch's headers ask for
+        (f"-L{TORCH / 'lib'}", "-lc10"),
+        {"adam": (INT, INT, INT, BOOL, LONG, ADDRESS, ADDRESS, INT, LONG)},
+    ),
 }
 
 
@@ -57,7 +68,7 @@ def library(name: str) -> ctypes.CDLL | None:
     command = compiler()
     if command is None:
         return None
-    purpose, own, links = KINDS[name]
+    purpose, own, links, symbols = KERNELS[name]
     flags = (*FLAGS, *own, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
     try:
         texts = [path.read_text() for path in (SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h")))]
@@ -67,7 +78,7 @@ def library(name: str) -> ctypes.CDLL | None:
             if not path.exists():
                 build(command, name, flags, links, path)
             loaded = ctypes.CDLL(str(path))
-            for symbol, arguments in SYMBOLS[name].items():
+            for symbol, arguments in symbols.items():
                 getattr(loaded, symbol).argtypes = arguments
             return loaded
     except (AttributeError, OSError, RuntimeError, subprocess.SubprocessError) as error:

@@ -119,9 +119,9 @@ def test_what_goes_wrong_is_said(fresh, monkeypatch, tmp_path, fails, said):
 @needs_compiler
 def test_without_torchs_headers_one_kernel_is_done_without(fresh, monkeypatch, tmp_path):
     """Which Adam's includes, and the other does not."""
-    purpose, own, links = build.KINDS["adam"]
-    own = [str(tmp_path) if flag.endswith("include") else flag for flag in own]
-    monkeypatch.setitem(build.KINDS, "adam", (purpose, own, links))
+    source = build.KERNELS["adam"]
+    flags = tuple(str(tmp_path) if flag.endswith("include") else flag for flag in source.flags)
+    monkeypatch.setitem(build.KERNELS, "adam", source._replace(flags=flags))
     with pytest.warns(UserWarning, match="Adam's step could not be had.*TensorImpl"):
         assert fresh("adam") is None
     assert fresh("outer_sum") is not None
