@@ -22,7 +22,7 @@ from gradstats.engines.outside import ESTIMATED, OutsideHandle
 from gradstats.engines.passes import Forwards, Pass
 from gradstats.errors import GradstatsError, LifetimeError
 from gradstats.statistics import Wanted
-from gradstats.sums import GRADIENT, SQUARED_NORMS, wide
+from gradstats.sums import GRADIENT, SQUARED_NORMS, accumulation_dtype, wide
 from gradstats.window import Statistic
 
 
@@ -79,9 +79,13 @@ class MicrobatchHandle(OutsideHandle):
             self.microbatch_size = examples
         return examples
 
-    def found(self, name: str, gradient: Tensor) -> dict[str, Tensor]:
-        c, found = self.of_one(name, gradient)
-        return found | {GRADIENT.key: wide(c)} if self.granularity == "example" else found
+    def found(self, gradients: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        found = self.of_each(gradients)
+        if self.granularity == "example" and (self.microbatch_size != 1 or self.exchange is not None):
+            for name, c in gradients.items():
+                # A copy: the tensor itself becomes p.grad, to which the next pass adds.
+                found[name][GRADIENT.key] = c.to(accumulation_dtype(c.dtype), copy=True)
+        return found
 
     def receive(self, ranks: int, counts: Counts, found: dict[tuple[str, str], Tensor]) -> None:
         super().receive(ranks, counts, found)
@@ -101,6 +105,8 @@ class MicrobatchHandle(OutsideHandle):
         found, sizes = self.over_passes(name, needs)
         b, m = self._size(sizes), len(sizes)
         if self.granularity == "microbatch":
+            return found, m
+        if b == 1:
             return found, m
         own = self._sums[name]
         whole = (own.totals if own.of_all is None else own.of_all.sums)[GRADIENT.key].square()
@@ -136,8 +142,6 @@ def of_examples(need: str, found: Tensor, whole: Tensor, b: int, m: int) -> Tens
 
     Of squared norms, only the sum over examples is known.
     """
-    if b == 1:
-        return found
     if m < 2:
         raise GradstatsError(
             f"{need!r} of single examples cannot be told from one micro-batch of {b}: backpropagate two at least "

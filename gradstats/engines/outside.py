@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from gradstats.gradient import Left, fresh, untouched
 from gradstats.handle import Handle, handle_of
 from gradstats.reading import ByParameter
 from gradstats.statistics import SecondMoment, SimpleNoiseScale, Variance, Wanted
-from gradstats.sums import SUMS, Reduction
+from gradstats.sums import SUM_OF_SQUARES, SUMS, wide
 from gradstats.window import Statistic
 
 # Statistics of single examples that sums over several of them estimate without bias.
@@ -95,8 +95,8 @@ class OutsideHandle(Handle):
         """How many a backward pass was over. Raises: LifetimeError if that cannot be told."""
 
     @abstractmethod
-    def found(self, name: str, gradient: Tensor) -> dict[str, Tensor]:
-        """What a backward pass that added `gradient` to a parameter adds to its sums."""
+    def found(self, gradients: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """What a backward pass that added these gradients to parameters adds to their sums, both by name."""
 
     # Backward
 
@@ -131,18 +131,27 @@ class OutsideHandle(Handle):
         """What `begin_pass` has found: since then, others that arrived may have changed the version of this one's."""
         return None if self.exchange is None else self._sums.get(name)
 
-    def of_one(self, name: str, gradient: Tensor) -> Reduction:
-        """A gradient, and its raw sums as if it were the contribution of one example."""
+    def of_each(self, gradients: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Raw sums of gradients by name, as if each were the contribution of one example."""
+        if self.needs == (SUM_OF_SQUARES.name,):
+            # By far the most frequent, and of small tensors it is calls that the time consists of: one for all.
+            c = list(map(wide, gradients.values()))
+            squares = torch._foreach_mul(c, c)
+            return {name: {SUM_OF_SQUARES.name: c2} for name, c2 in zip(gradients, squares, strict=True)}
+        return {name: self._of_one(name, gradient) for name, gradient in gradients.items()}
+
+    def _of_one(self, name: str, gradient: Tensor) -> dict[str, Tensor]:
         contribution = Dense(gradient.unsqueeze(0))
         contribution.parameter = name
         with no_autocast(gradient.device.type):
-            return contribution.sums(self.needs)
+            return contribution.sums(self.needs)[1]
 
-    def found_in(self, under_way: Pass, name: str) -> dict[str, Tensor]:
-        """The same for a backward pass, found once."""
-        if name not in under_way.found:
-            under_way.found[name] = self.found(name, under_way.arrived[name].to_dense())
-        return under_way.found[name]
+    def found_in(self, under_way: Pass, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """What a backward pass adds, found once."""
+        new = {name: under_way.arrived[name].to_dense() for name in names if name not in under_way.found}
+        if new:
+            under_way.found.update(self.found(new))
+        return under_way.found
 
     @torch.no_grad()
     def commit(self, ended: Pass) -> None:
@@ -157,6 +166,7 @@ class OutsideHandle(Handle):
             raise
         self._count += 1
         self._sizes[self._count] = examples
+        found = self.found_in(ended, ended.arrived)
         for name in ended.arrived:
             if name not in self._sums:
                 self._sums[name] = Sums(min(self._sizes))  # earlier passes did not reach it
@@ -164,7 +174,7 @@ class OutsideHandle(Handle):
                 self._sums[name] = Sums(self._count)  # its gradient was zeroed, and others were not
             sums = self._sums[name]
             sums.unseen |= name in ended.changed
-            sums.add(self._count, self.found_in(ended, name))
+            sums.add(self._count, found[name])
             grad = self.parameters()[name].grad
             sums.left = None if grad is None else self.note(grad)
 
@@ -227,7 +237,7 @@ class OutsideHandle(Handle):
         own, under_way = self._sums.get(name), self._passes.current
         if under_way is None or name not in under_way.arrived:
             return self._own(own, kind) if own is not None and not own.zeroed and self._unsent(own) else None
-        new = self.found_in(under_way, name)[kind]
+        new = self.found_in(under_way, [name])[name][kind]
         if own is None or name in under_way.began or kind not in own.totals:
             return new
         return SUMS[kind].merge(own.totals[kind], new)

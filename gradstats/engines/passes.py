@@ -54,6 +54,7 @@ class Passes:
         self.current: Pass | None = None
         self.ended = 0  # backward passes, those that accumulated nothing included
         self._accumulators: dict[str, tuple[Any, Any]] = {}  # by parameter, the node that adds to p.grad, and its hook
+        self._followed: dict[str, tuple[int, torch.dtype, torch.device]] = {}  # with what torch keeps that node
         self.follow()
         self._hook = self.model.register_forward_hook(self._forward)  # and so the model keeps the handle
 
@@ -75,6 +76,9 @@ class Passes:
         for name, p in self.parameters.items():
             if not (p.requires_grad and p.is_leaf):
                 continue
+            identity = p._cdata, p.dtype, p.device
+            if self._followed.get(name) == identity:
+                continue
             if p.is_complex():
                 raise CoverageError(f"parameter '{name}' is complex: squares are of real gradients. Use ignore=[...]")
             if is_lazy(p):
@@ -86,6 +90,7 @@ class Passes:
                     hook.remove()
                 self._accumulators[name] = node, node.register_prehook(lambda d, name=name: self._arrives(name, *d))
                 self.handle.register(p, name)
+            self._followed[name] = identity
 
     @torch.compiler.disable
     def _forward(self, *_: Any) -> None:

@@ -109,7 +109,7 @@ class RandomSignHandle(OutsideHandle):
         found: dict[str, dict[str, Tensor]] = {}
         for w in weights.to(losses.dtype).to(losses.device):
             for name, gradient in self._weighed(losses, w):
-                _, squares = self.of_one(name, gradient)
+                squares = self.of_each({name: gradient})[name]
                 total = found.setdefault(name, {})
                 for need, square in squares.items():
                     total[need] = total[need].add_(square, alpha=factor) if need in total else square.mul_(factor)
@@ -137,12 +137,16 @@ class RandomSignHandle(OutsideHandle):
     def examples(self, ended: Pass) -> int:
         return self._examples
 
-    def found(self, name: str, gradient: Tensor) -> dict[str, Tensor]:
+    def found(self, gradients: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         if not self._examples:
-            return {}
-        _, squares = self.of_one(name, gradient)
-        deviations = self._deviations.pop(name, {})
-        return {need: square.div_(self._examples).add_(deviations.get(need, 0.0)) for need, square in squares.items()}
+            return {name: {} for name in gradients}
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, gradient in gradients.items():
+            found |= self.of_each({name: gradient})  # one at a time, since those of the probes go as these come
+            deviations = self._deviations.pop(name, {})
+            for need, square in found[name].items():
+                square.div_(self._examples).add_(deviations.get(need, 0.0))
+        return found
 
     def new_examples(self) -> None:
         """Every call of `backward` is of new examples, whatever the forwards."""
