@@ -4,9 +4,10 @@ python -m experiments.optimizer_benchmark                               Adam, 10
 python -m experiments.optimizer_benchmark --optimizers all --steps 20   every optimizer of conf/optimizer that is ours
 python -m experiments.optimizer_benchmark --parameters 1e6 --shapes mlp
 
-Gradients and statistics are those of one backward pass. All contestants step the same parameters with them, one after
-the other and in another order each time, so that a change of the machine's speed meets all of them alike; a ratio is
-taken step by step, and its median and quartiles are shown. Each line of the table has a fresh process.
+Gradients and statistics are those of one backward pass. Each line of the table is a duel in a fresh process: fused
+AdamW and one other step the same parameters in turns, so that a change of the machine's speed meets both alike; a ratio
+is taken step by step, and its median and quartiles are shown. No third one takes part: the plain forms give gigabytes
+back to the system at every step, and who comes after them pays for it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ TORCH = {
 }
 
 METHODS = sorted(path.stem for path in CONF.glob("optimizer/*.yaml"))
-FORMS = {"compiled": True, "plain": False}
+FORMS = {"compiled": True, "plain": False}  # of ours
 
 
 def gpt(parameters: int) -> tuple[nn.Module, Tensor]:
@@ -88,31 +89,39 @@ class Measurement:
     steps: int
 
 
-def contestants(parameters: Sequence[Tensor], config: OptimizerConfig) -> dict[str, Optimizer]:
-    """torch's three, and ours in both forms."""
-    found: dict[str, Optimizer] = {f"AdamW, {key}": make(parameters) for key, make in TORCH.items()}
-    for form, compiled in FORMS.items():
+def duellists(
+    parameters: Sequence[Tensor], name: str | None, form: str
+) -> tuple[dict[str, Optimizer], OptimizerConfig]:
+    """Fused AdamW, and one of ours in one of its forms, or another form of torch's (None); with the configuration that
+    ours is made of."""
+    found: dict[str, Optimizer] = {f"AdamW, {BASELINE}": TORCH[BASELINE](parameters)}
+    config = replace(compose_config([f"optimizer={name or 'adam'}"]).optimizer, batch_size=TUNED)
+    if name is None:
+        found[f"AdamW, {form}"] = TORCH[form](parameters)
+    else:
         optimizer = build_optimizer(parameters, config, BATCH, None)
         assert isinstance(optimizer, ExampleOptimizer)
-        optimizer.compiled = compiled
+        optimizer.compiled = FORMS[form]
         found[f"{config.name}, {form}"] = optimizer
-    return found
+    return found, config
 
 
-def measure(shape: str, parameters: int, name: str, steps: int, threads: int, warmup: int = 3) -> list[Measurement]:
+def measure(
+    shape: str, parameters: int, name: str | None, form: str, steps: int, threads: int, warmup: int = 3
+) -> list[Measurement]:
+    """Of one duel."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model, x = SHAPES[shape](parameters)
-    config = replace(compose_config([f"optimizer={name}"]).optimizer, batch_size=TUNED)
     tensors = list(model.parameters())
-    optimizers = contestants(tensors, config)
+    optimizers, config = duellists(tensors, name, form)
     handle = attach_statistics(model, list(optimizers.values())[-1], config)
     model(x).square().mean().backward()
     told = BATCH if handle is None else None
     takers = {contestant: stepper(optimizer, told) for contestant, optimizer in optimizers.items()}
     seconds: dict[str, list[float]] = {contestant: [] for contestant in optimizers}
     turns = alternate(optimizers)
-    for i in track(range(warmup + steps), f"{shape}, {parameters:,}: {name}", transient=True):
+    for i in track(range(warmup + steps), f"{shape}, {parameters:,}: {list(optimizers)[-1]}", transient=True):
         for contestant in next(turns):
             start = time.perf_counter()
             takers[contestant]()
@@ -141,14 +150,14 @@ def is_ours(name: str) -> bool:
 
 
 def tables_of(found: Sequence[Measurement]) -> list[Table]:
-    """One for each model; torch's are those of the first process."""
+    """One for each model; fused AdamW is that of the first duel."""
     models: dict[tuple[str, int, int], dict[str, Measurement]] = {}
     for m in found:
         models.setdefault((m.shape, m.parameters, m.tensors), {}).setdefault(m.contestant, m)
     return [
         Table(
             f"{shape}, {parameters:,} parameters in {tensors} tensors",
-            f"Medians over {found[0].steps} steps; ratios to fused AdamW; state in bytes a parameter.",
+            f"Medians over {found[0].steps} steps; ratios to fused AdamW, alone with it; state in bytes a parameter.",
             ["optimizer", "ms", "ratio", "quartiles", "state"],
             [
                 [
@@ -184,7 +193,10 @@ def main() -> None:
     names = [name for name in names if is_ours(name)]
     if not names:
         parser.error(f"--optimizers: {', '.join(arguments.optimizers)} is torch's; what is measured is ours")
-    jobs = [(shape, int(size), name) for size in arguments.parameters for shape in arguments.shapes for name in names]
+    rivals = [(name, form) for name in names for form in FORMS]
+    rivals += [(None, form) for form in TORCH if form != BASELINE]
+    models = [(shape, int(size)) for size in arguments.parameters for shape in arguments.shapes]
+    jobs = [(*model, *rival) for model in models for rival in rivals]
     context = multiprocessing.get_context("spawn")
     found: list[Measurement] = []
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
