@@ -376,7 +376,9 @@ def test_detach_leaves_the_model_as_it_was():
     attach(model).detach()
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, torch.no_grad()(copy.deepcopy), lambda m: pickle.loads(pickle.dumps(m))]
+)
 def test_copies_have_weights_and_statistics_of_their_own(setting, duplicate):
     model, x, y, _, handle = setting
     step(model, x, y)
