@@ -31,7 +31,7 @@ const c10::DispatchKeySet PLAIN(
     {DispatchKey::CPU, DispatchKey::ADInplaceOrView, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU});
 
 enum Phase { BOTH, AVERAGES, MOVE };
-enum Partner { ITSELF, AVERAGE, PREVIOUS };
+enum Partner { ITSELF, AVERAGE, PREVIOUS, ITSELF_REMEMBERED };  // the last two keep m for the next batch
 enum Bound { NONE, OF_SQUARES, OF_MEAN };
 
 // In the order in which they come.
@@ -79,7 +79,7 @@ void move(const Row<P, S>& row, int64_t start, int64_t end, const Scalars<S>& k)
       square_average[i] = s += k.w2 * (v - s);
       average[i] = mean += k.w1 * (m - mean);
       if (BOUND == OF_SQUARES) squares_average[i] = long_run += k.w3 * (q - long_run);
-      if (PARTNER == PREVIOUS) previous[i] = m;
+      if (PARTNER == PREVIOUS || PARTNER == ITSELF_REMEMBERED) previous[i] = m;
     }
     if (PHASE != AVERAGES) {
       if (BOUND == OF_SQUARES) s = std::max(s, long_run * k.inverse_reference);
@@ -126,9 +126,10 @@ auto bounded(int bound, bool reads) {
 
 template <class P, class S, int PHASE>
 auto partnered(int partner, int bound, bool reads) {
-  return partner == AVERAGE    ? bounded<P, S, PHASE, AVERAGE>(bound, reads)
-         : partner == PREVIOUS ? bounded<P, S, PHASE, PREVIOUS>(bound, reads)
-                               : bounded<P, S, PHASE, ITSELF>(bound, reads);
+  return partner == AVERAGE             ? bounded<P, S, PHASE, AVERAGE>(bound, reads)
+         : partner == PREVIOUS          ? bounded<P, S, PHASE, PREVIOUS>(bound, reads)
+         : partner == ITSELF_REMEMBERED ? bounded<P, S, PHASE, ITSELF_REMEMBERED>(bound, reads)
+                                        : bounded<P, S, PHASE, ITSELF>(bound, reads);
 }
 
 template <class P, class S>

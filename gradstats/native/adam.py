@@ -29,7 +29,8 @@ SCALARS = (
     *("first", "unbias", "inverse_reference", "clip"),
 )
 PHASES: dict[Phase, int] = {"both": 0, "averages": 1, "move": 2}
-PARTNERS = {None: 0, "exp_avg": 1, "previous": 2}
+# By what m is multiplied by, and whether it is kept for the next batch: once one was smaller than R, it is for good.
+PARTNERS = {(None, False): 0, ("exp_avg", False): 1, ("previous", True): 2, (None, True): 3}
 # Elements that are worth another thread, which takes some microseconds to wake.
 GRAIN = 1 << 15
 
@@ -46,9 +47,10 @@ def knows(update: Update) -> bool:
         partner=moment.partner,
         floored=moment.floored and moment.reads,
         infinite=moment.infinite,
-        remembers=moment.partner == "previous",
+        remembers=moment.remembers,
     )
-    return update == AdamUpdate(kept, statistics=update.statistics)
+    known = (moment.partner, moment.remembers) in PARTNERS
+    return known and update == AdamUpdate(kept, statistics=update.statistics)
 
 
 def serves(update: Update, parameter: Tensor) -> bool:
@@ -75,6 +77,6 @@ def step(update: Update, phase: Phase, columns: Mapping[str, Sequence[Tensor]], 
             return False
     numbers = array("d", [scalars.get(name, 1.0) for name in SCALARS])
     bound = 1 if moment.floored else 2 if moment.infinite else 0
-    options = PHASES[phase], PARTNERS[moment.partner], bound, "sum_of_squares" in columns
+    options = PHASES[phase], PARTNERS[moment.partner, moment.remembers], bound, "sum_of_squares" in columns
     tables = count, addresses.buffer_info()[0], numbers.buffer_info()[0]
     return bool(kernels.adam(*options, *tables, torch.get_num_threads(), GRAIN))

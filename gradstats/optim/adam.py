@@ -66,7 +66,8 @@ class BatchInvariantAdam(ExampleOptimizer):
 
     R > B cannot be had from one batch (nor can R > 1 from one example): `gradstats.optim.moment` says how mu^2 is
     estimated there. This keeps two more buffers, q~ and the mean gradient before, or with the other estimators only q~;
-    all other settings keep Adam's two.
+    all other settings keep Adam's two. One batch smaller than R, as the last of an epoch, is enough to make them:
+    drop_last=True.
 
     Arguments:
         lr, betas, eps, weight_decay, amsgrad, maximize: torch.optim.AdamW's, as tuned at `batch_size`. The default

@@ -148,11 +148,11 @@ class ExampleOptimizer(Optimizer):
         return True, f"compiled ({names})"
 
     def _is_ready(self, group: Mapping[str, Any]) -> bool:
-        """Whether there is a kernel for a group's step at the batch size of its tuning."""
+        """Whether there is a kernel for a group's step at the batch size of its tuning, with the state that it has."""
         from gradstats.native import adam
 
-        update = self.update(group, group["batch_size"], {})
-        return all(adam.serves(update, p) for p in group["params"])
+        b = group["batch_size"]
+        return all(adam.serves(self.update(group, b, self.state.get(p, {})), p) for p in group["params"])
 
     def describe(self, *batch_sizes: float) -> str:
         """A table of the values at these batch sizes, in torch's units where torch has such an optimizer."""
