@@ -88,9 +88,9 @@ class AdaScale(ExampleOptimizer):
         params: Any,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
+        *,  # the next of torch.optim.SGD's is dampening, which there is none of
         weight_decay: float = 0.0,
         batch_size: float = 256,
-        *,
         decoupled_weight_decay: bool = True,
         max_norm: float | None = None,
         maximize: bool = False,

@@ -87,9 +87,9 @@ class QuenchingSGD(ExampleOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-2,
+        *,  # the next of torch.optim.SGD's is momentum, which there is none of
         weight_decay: float = 0.0,
         batch_size: float = 256,
-        *,
         noise_beta: float = 0.99,
         max_norm: float | None = None,
         maximize: bool = False,

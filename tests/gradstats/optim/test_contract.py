@@ -2,11 +2,13 @@
 
 import copy
 import inspect
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 
 from gradstats import GradstatsError, attached, optim
 from gradstats.optim.base import ExampleOptimizer
@@ -239,6 +241,31 @@ def test_max_norm_out_of_reach_changes_nothing(row):
         pytest.skip("has no max_norm, since no element moves by more than lr anyway")
     assert torch.equal(run(row, max_norm=1e9), plain_run(row))
     assert not torch.equal(run(row, max_norm=1e-3), plain_run(row))
+
+
+@every
+@pytest.mark.parametrize("by", ["the handle", "torch"])
+def test_a_clipped_gradient_is_that_of_a_smaller_loss(row, by):
+    """Statistics are scaled with it, by stats.clip_grad_norm_ or where clipping is followed."""
+    limit, finals = 0.05, []
+    for scales in (False, True):
+        model, x, y = attached_problem(row, follow_clipping=by == "torch" and not scales)
+        optimizer, parameters, start = row(model.parameters()), list(model.parameters()), 0
+        for b in SIZES:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x[start : start + b]), y[start : start + b])
+            if scales:
+                norm = nn.utils.get_total_norm(torch.autograd.grad(loss, parameters, retain_graph=True))
+                assert norm > 2 * limit
+                loss = loss * limit / (norm + 1e-6)  # as torch clips
+            loss.backward()
+            if not scales:
+                clip = attached(model).clip_grad_norm_ if by == "the handle" else partial(clip_grad_norm_, parameters)
+                clip(limit)
+            optimizer.step()
+            start += b
+        finals.append(vector(model))
+    torch.testing.assert_close(*finals, rtol=1e-10, atol=1e-12)
 
 
 @every

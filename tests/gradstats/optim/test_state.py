@@ -108,6 +108,20 @@ def test_low_precision_parameters_keep_float32_state(row):
 
 
 @every
+def test_float32_state_loads_into_a_model_in_bfloat16(row):
+    """As it is: that of a run in float32, which goes on in bfloat16."""
+    model, optimizer, x, y = trained(row, torch.float32)
+    other, restored = fresh(row, model.bfloat16())
+    restored.load_state_dict(through_file(optimizer.state_dict()))
+    loaded, saved = restored.state_dict()["state"], optimizer.state_dict()["state"]
+    torch.testing.assert_close(loaded, saved, rtol=0, atol=0)
+    train(other, restored, x.bfloat16(), y, SIZES)
+    for p, state in restored.state.items():
+        assert all(value.dtype == torch.float32 for value in state.values() if value.shape == p.shape)
+    assert restored.examples == row.count(2 * SIZES)
+
+
+@every
 def test_state_is_as_large_as_said(row):
     """Adam's two buffers for R <= B, where the table says no more, and some counts."""
     model, x, y = attached_problem(row)
@@ -202,6 +216,7 @@ def scaled_training(row, overflow, named):
         if i == 2 and overflow:
             assert torch.equal(vector(model), before[0])
             assert_same_state(optimizer.state_dict(), before[1])
+            assert attached(model).batch_size == b  # of the window, until the gradients are zeroed
         else:
             start += b
     return vector(model)
