@@ -1,0 +1,63 @@
+"""The blocks of docs/integrations.md, as they are written there; test_trainer.py and others hold the same loops against
+the oracle."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+import gradstats
+from gradstats.optim import BatchInvariantAdam
+from tests.integrations.problem import language_model, sentences, token_sum, tokens
+
+lightning = pytest.importorskip("lightning")
+
+PAGE = (Path(__file__).parents[2] / "docs/integrations.md").read_text()
+BLOCKS = re.findall(r"^## ([^\n]+)\n.*?^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+def loss_of(model, batch):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return token_sum(logits, batch["labels"]) / tokens(batch["labels"])
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*tensorboardX:UserWarning")
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.parametrize(("title", "block"), BLOCKS, ids=[title for title, _ in BLOCKS])
+def test_blocks_run(tmp_path, monkeypatch, title, block):
+    """Each trains the model that it is given: what it leaves of it, and the examples that its optimizer has seen."""
+    monkeypatch.chdir(tmp_path)
+    stepped = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: stepped.append(optimizer))
+    given = {
+        "gradstats": gradstats,
+        "torch": torch,
+        "lightning": lightning,
+        "BatchInvariantAdam": BatchInvariantAdam,
+        "Trainer": Trainer,
+        "arguments": TrainingArguments(
+            output_dir=".", num_train_epochs=1, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True
+        ),
+        "model": language_model(),
+        "make_model": language_model,
+        "data": sentences(16),
+        "loader": DataLoader(sentences(16), batch_size=4),
+        "loss_of": loss_of,
+        "accelerator": Accelerator(cpu=True, gradient_accumulation_steps=2),
+    }
+    try:
+        exec(block, given)
+    finally:
+        hook.remove()
+    assert isinstance(stepped[-1], BatchInvariantAdam)
+    assert stepped[-1].examples % 16 == 0 and stepped[-1].examples > 0
+
+
+def test_the_page_has_them_all():
+    assert [title for title, _ in BLOCKS] == ["Hugging Face Trainer", "Lightning", "Accelerate"]
