@@ -19,7 +19,7 @@ SHOWN = ("torch", "ours")
 @dataclass(frozen=True)
 class Analysis:
     """Axes: seeds, methods, sides; of loss and seconds also looks. reached, its seconds: nan where a run did not.
-    exact: the loss in float64, of torch's and ours."""
+    exact: the loss in float64 at a smaller lr, of torch's and ours."""
 
     settings: AdamAndFriendsConfig
     rates: dict[str, float]

@@ -70,6 +70,9 @@ METHODS = {
 }
 # torch_loop is torch's other form, one parameter after another: the same algorithm, rounded differently.
 SIDES = ("torch", "torch_loop", "ours")
+# Of the best learning rate, for the comparison in float64: at the best, near the edge of stability, training makes
+# hundredths of a nat of the rounding of float64.
+CALM = 0.125
 
 
 def build(method: str, side: str, parameters: list[Tensor], lr: float, batch_size: int) -> Optimizer:

@@ -9,7 +9,7 @@ from experiments.jobs import Job, Result
 from experiments.laboratory.adam_and_friends.analysis import analyse, tuned
 from experiments.laboratory.adam_and_friends.figure import alternative, caption, draw
 from experiments.laboratory.adam_and_friends.findings import findings
-from experiments.laboratory.adam_and_friends.race import METHODS, SIDES, race
+from experiments.laboratory.adam_and_friends.race import CALM, METHODS, SIDES, race
 from experiments.laboratory.adam_and_friends.tables import TERMS, tables
 from experiments.laboratory.schemas import AdamAndFriendsConfig
 from experiments.schemas.data import ArraysConfig
@@ -40,7 +40,8 @@ class AdamAndFriends(Study[AdamAndFriendsConfig]):
             raise UserError(f"study.every={settings.every} must divide study.steps={settings.steps}")
 
     def jobs(self, config: Config, known: Sequence[Result]) -> list[Job]:
-        """Torch's methods over their learning rates, and then both sides at the best of these, with other seeds."""
+        """Torch's methods over their learning rates, and then all sides at the best of these, with other seeds; in
+        float64 at a smaller one."""
         settings = self.settings
         tuning = [
             self._race(config, method, "torch", METHODS[method].lr * multiplier, seed)
@@ -52,9 +53,10 @@ class AdamAndFriends(Study[AdamAndFriendsConfig]):
             return tuning
         rates = tuned(settings, known)
         return tuning + [
-            self._race(config, method, side, rates[method], seed, double)
+            self._race(config, method, side, rates[method] * share, seed, double)
             for method in METHODS
-            for side, double in (*((side, False) for side in SIDES), ("torch", True), ("ours", True))
+            for sides, share, double in ((SIDES, 1.0, False), (("torch", "ours"), CALM, True))
+            for side in sides
             for seed in settings.seeds
         ]
 
