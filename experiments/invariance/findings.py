@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.estimate import Estimate, Finding, at_edge, listed, notes
-from experiments.invariance.analysis import Analysis, lowest, out_of_reach
+from experiments.invariance.analysis import Analysis, best_baseline, lowest, out_of_reach, scores
 
 LARGEST_RATIO = 1 / 3
 LARGEST_ACCURACY_GAP = 0.01
@@ -99,6 +99,8 @@ def _notes(analysis: Analysis) -> list[Finding]:
             f"Seed floor: at one batch size, runs of {grid.labels[method]} that differ only in their seed have a score "
             f"of {floor:.3g}; over batch sizes it is {point.score[method]:.3g}."
         )
+    if len(analysis.comparison.score_batch_sizes) > 2:
+        told.append(_limit(analysis, method))
     if grid.diverged.any():
         counts = grid.diverged.sum(axis=(1, 2, 3))
         table = ", ".join(f"{label} {count}" for label, count in zip(grid.labels, counts, strict=True) if count)
@@ -116,6 +118,20 @@ def _notes(analysis: Analysis) -> list[Finding]:
             f"the grid at B in {listed(sizes)}: transfer regret may be underestimated there."
         )
     return notes(told)
+
+
+def _limit(analysis: Analysis, method: int) -> str:
+    """Which batch size a method's score is mostly of."""
+    grid, sizes, best = analysis.grid, analysis.comparison.score_batch_sizes, best_baseline(analysis)
+    every = np.arange(len(grid.methods))
+    without = {size: scores(grid, [other for other in sizes if other != size])[every, analysis.tuned] for size in sizes}
+    most = min(sizes, key=lambda size: without[size][method])
+    ours, other = (f"{without[most][m]:.3g} instead of {analysis.point.score[m]:.3g}" for m in (method, best))
+    return (
+        f"What limits the score: mostly B = {most}. At the tuned lr, without that size, it is {ours} for "
+        f"{grid.labels[method]}, and {other} for {grid.labels[best]}. What ends invariance is asked by largest_batch, "
+        "of the digits, and by largest_batch_gpt."
+    )
 
 
 def _beyond(value: Estimate, bar: float) -> str:

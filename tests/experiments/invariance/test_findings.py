@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.estimate import Estimate
-from experiments.invariance.analysis import Analysis, analyse
+from experiments.invariance.analysis import Analysis, analyse, scores
 from experiments.invariance.findings import findings
 from tests.experiments.synthetic import COMPARISON, study
 
@@ -38,6 +38,18 @@ def test_kin_are_named_beside_the_claim_and_targets_in_words():
     score = found.point.matched_score[found.kin[0], 0]
     assert f"That of Square root, which averages the same squares by another road: {score:#.3g}" in once.sentence
     assert "That of Sgd, which averages the same squares by another road: none" in once.sentence
+
+
+def test_the_batch_size_that_limits_the_score_is_named():
+    records = study()
+    for record in records:
+        if record.batch_size == 4 and record.method == "ours":
+            record.train_loss = [2 * loss for loss in record.train_loss]
+    found = analyse(records, COMPARISON)
+    (limit,) = [finding.sentence for finding in findings(found) if "What limits" in finding.sentence]
+    kept = scores(found.grid, [1, 16, 64])[0, found.tuned[0]]
+    assert f"mostly B = 4. At the tuned lr, without that size, it is {kept:.3g} instead of" in limit
+    assert kept < 0.1 * found.point.score[0] and "for Square root" in limit
 
 
 def test_ours_worse_than_the_baselines_does_not_hold():
