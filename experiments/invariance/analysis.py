@@ -72,6 +72,9 @@ class Measures:
     regret_margin: Array  # (M,)  mean regret minus the best baseline's
 
 
+POSITIVE = {"curve_loss", "curve_score", "score", "final_loss", "worst_loss", "targets", "matched_score", "ratio"}
+
+
 @dataclass(frozen=True)
 class Analysis:
     grid: Grid
@@ -240,7 +243,7 @@ def analyse(records: Sequence[Record], comparison: Comparison) -> Analysis:
     low, high = ({}, {})
     for name in (field.name for field in dataclasses.fields(Measures)):
         values = np.stack([getattr(draw, name) for draw in draws])
-        low[name], high[name] = _bounds(getattr(point, name), values, len(grid.seeds))
+        low[name], high[name] = _bounds(getattr(point, name), values, len(grid.seeds), name in POSITIVE)
     tuned = tune(grid, comparison)
     return Analysis(
         grid=grid,
@@ -255,8 +258,13 @@ def analyse(records: Sequence[Record], comparison: Comparison) -> Analysis:
     )
 
 
-def _bounds(point: Array, draws: Array, seeds: int) -> tuple[Array, Array]:
-    """Over the draws that reach the target; nan where none does, and with one seed."""
+def _bounds(point: Array, draws: Array, seeds: int, positive: bool) -> tuple[Array, Array]:
+    """Over the draws that reach the target; nan where none does, and with one seed. What is positive has its interval
+    in logarithms: widened for few seeds, it would reach below 0."""
     never = ~np.isfinite(draws).any(axis=0) | (seeds < 2)
-    low, high = bounds(point, np.where(never, 0.0, draws), max(seeds, 2))
+    kept = np.where(never, 1.0, draws)
+    if positive and not (kept <= 0).any() and not (point <= 0).any():
+        low, high = np.exp(bounds(np.log(point), np.log(kept), max(seeds, 2)))
+    else:
+        low, high = bounds(point, kept, max(seeds, 2))
     return np.where(never, np.nan, low), np.where(never, np.nan, high)

@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from experiments.grid import arrange
-from experiments.invariance.analysis import Comparison, analyse, match, measure, out_of_reach, scores, spread, tune
+from experiments.invariance.analysis import (
+    POSITIVE,
+    Comparison,
+    analyse,
+    match,
+    measure,
+    out_of_reach,
+    scores,
+    spread,
+    tune,
+)
 from tests.experiments.synthetic import COMPARISON, record, study
 
 TWO = Comparison(ours=("a",), reference="b", tuning_batch_size=4, score_batch_sizes=(1, 4))
@@ -168,6 +178,21 @@ def test_bootstrap_intervals_enclose_the_estimate_and_repeat():
         assert (low <= point + 1e-12).all() and (point <= high + 1e-12).all()
         assert (low < high).any()
         np.testing.assert_array_equal(low, getattr(again.low, name))
+
+
+def test_intervals_of_what_is_positive_are_above_zero():
+    """With two seeds, whose resamples are widened the most."""
+    records = study(seeds=2)
+    for one in records:
+        if one.method == "adam" and one.seed == 1 and one.batch_size > 16:  # whose score depends on the seed
+            one.train_loss = [loss * one.batch_size for loss in one.train_loss]
+    analysis = analyse(records, COMPARISON)
+    for name in POSITIVE:
+        low, point, high = (getattr(m, name) for m in (analysis.low, analysis.point, analysis.high))
+        known = np.isfinite(low)
+        assert (low[known] > 0).all() and (low <= point + 1e-12)[known].all() and (point <= high + 1e-12)[known].all()
+    (adam,) = [i for i, label in enumerate(analysis.grid.labels) if label == "Adam"]
+    assert analysis.low.score[adam] < 0.5 * analysis.point.score[adam]
 
 
 def test_one_seed_has_neither_intervals_nor_a_floor():
