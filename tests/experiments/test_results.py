@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from experiments import results
-from experiments.catalogue import Experiment, chosen
-from experiments.recorded import FOLDER, recorded
-from experiments.results import RESULTS, document, line, section
+from experiments.catalogue import Experiment, catalogue, chosen
+from experiments.documents import fill
+from experiments.recorded import FOLDER
+from experiments.results import MARKER, RESULTS, document, line
 from tests.experiments.outcomes import write
 
 NAME = "batch_size_invariance"
@@ -138,9 +139,8 @@ def test_the_document_is_that_of_the_recorded_results(monkeypatch: pytest.Monkey
     """Made by `make results`, and by nobody's hand."""
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     text = RESULTS.read_text()
-    for path in FOLDER.glob("*.json"):
-        found = recorded(path.stem)
-        assert found is not None and section(path.stem, found) in text
+    assert fill(text, MARKER, document([e for e in catalogue() if e.config.study]), RESULTS) == text
+    assert {path.stem for path in FOLDER.glob("*.json")} <= {e.name for e in catalogue()}
 
 
 def test_findings_are_made_anew_from_results_that_may_be_older(
