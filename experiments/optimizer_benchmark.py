@@ -89,14 +89,11 @@ class Measurement:
     steps: int
 
 
-def duellists(
-    parameters: Sequence[Tensor], name: str | None, form: str
-) -> tuple[dict[str, Optimizer], OptimizerConfig]:
-    """Fused AdamW, and one of ours in one of its forms, or another form of torch's (None); with the configuration that
-    ours is made of."""
+def duellists(parameters: Sequence[Tensor], name: str, form: str) -> tuple[dict[str, Optimizer], OptimizerConfig]:
+    """Fused AdamW, and another form of it or one of ours; with the configuration of that one."""
     found: dict[str, Optimizer] = {f"AdamW, {BASELINE}": TORCH[BASELINE](parameters)}
-    config = replace(compose_config([f"optimizer={name or 'adam'}"]).optimizer, batch_size=TUNED)
-    if name is None:
+    config = replace(compose_config([f"optimizer={name}"]).optimizer, batch_size=TUNED)
+    if form in TORCH:
         found[f"AdamW, {form}"] = TORCH[form](parameters)
     else:
         optimizer = build_optimizer(parameters, config, BATCH, None)
@@ -107,7 +104,7 @@ def duellists(
 
 
 def measure(
-    shape: str, parameters: int, name: str | None, form: str, steps: int, threads: int, warmup: int = 3
+    shape: str, parameters: int, name: str, form: str, steps: int, threads: int, warmup: int = 3
 ) -> list[Measurement]:
     """Of one duel."""
     torch.set_num_threads(threads)
@@ -157,7 +154,7 @@ def tables_of(found: Sequence[Measurement]) -> list[Table]:
     return [
         Table(
             f"{shape}, {parameters:,} parameters in {tensors} tensors",
-            f"Medians over {found[0].steps} steps; ratios to fused AdamW, alone with it; state in bytes a parameter.",
+            f"Medians over {found[0].steps} steps; ratios to fused AdamW in the same duel; state in bytes a parameter.",
             ["optimizer", "ms", "ratio", "quartiles", "state"],
             [
                 [
@@ -194,7 +191,7 @@ def main() -> None:
     if not names:
         parser.error(f"--optimizers: {', '.join(arguments.optimizers)} is torch's; what is measured is ours")
     rivals = [(name, form) for name in names for form in FORMS]
-    rivals += [(None, form) for form in TORCH if form != BASELINE]
+    rivals += [("adam", form) for form in TORCH if form != BASELINE]
     models = [(shape, int(size)) for size in arguments.parameters for shape in arguments.shapes]
     jobs = [(*model, *rival) for model in models for rival in rivals]
     context = multiprocessing.get_context("spawn")

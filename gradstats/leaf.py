@@ -207,7 +207,7 @@ class Leaf:
 
     def _plain(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any], n: int) -> Any:
         """The module's own forward; hooks on what it returns tell of the backward pass."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # the first forward of reentrant checkpointing; the recomputation has the hooks
             return kind.forward(self.module, *args, **kwargs)
         generation = self.handle.lifetime.begin_forward()
         accounts = [account for account in self.accounts.values() if account.trainable]
@@ -317,8 +317,8 @@ def no_view(value: Any) -> Any:
 
 
 def accumulator_of(leaf: Tensor) -> Any:
-    """The node that adds to its gradient; with gradients enabled. What get_gradient_edge does, in a fifth of its time,
-    which every layer of every forward would wait for."""
+    """The node that adds to its gradient; gradients must be enabled. As get_gradient_edge, in a fifth of the time, for
+    which every layer of every forward waits."""
     return leaf.view_as(leaf).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 

@@ -72,6 +72,7 @@ class Measures:
     regret_margin: Array  # (M,)  mean regret minus the best baseline's
 
 
+# Of Measures: their intervals are formed in logarithms, so as not to reach below 0 when widened for few seeds.
 POSITIVE = {"curve_loss", "curve_score", "score", "final_loss", "worst_loss", "targets", "matched_score", "ratio"}
 
 
@@ -259,8 +260,8 @@ def analyse(records: Sequence[Record], comparison: Comparison) -> Analysis:
 
 
 def _bounds(point: Array, draws: Array, seeds: int, positive: bool) -> tuple[Array, Array]:
-    """Over the draws that reach the target; nan where none does, and with one seed. What is positive has its interval
-    in logarithms: widened for few seeds, it would reach below 0."""
+    """Over the draws that reach the target; nan where none does, and with one seed. In logarithms for what is positive,
+    unless some of it is 0: losses that agree in every digit have a score of 0."""
     never = ~np.isfinite(draws).any(axis=0) | (seeds < 2)
     kept = np.where(never, 1.0, draws)
     if positive and not (kept <= 0).any() and not (point <= 0).any():

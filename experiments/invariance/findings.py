@@ -121,16 +121,15 @@ def _notes(analysis: Analysis) -> list[Finding]:
 
 
 def _limit(analysis: Analysis, method: int) -> str:
-    """Which batch size a method's score is mostly of."""
+    """Without which batch size a method's score is lowest."""
     grid, sizes, best = analysis.grid, analysis.comparison.score_batch_sizes, best_baseline(analysis)
     every = np.arange(len(grid.methods))
     without = {size: scores(grid, [other for other in sizes if other != size])[every, analysis.tuned] for size in sizes}
-    most = min(sizes, key=lambda size: without[size][method])
-    ours, other = (f"{without[most][m]:.3g} instead of {analysis.point.score[m]:.3g}" for m in (method, best))
+    left_out = min(sizes, key=lambda size: without[size][method])
+    ours, other = (f"{without[left_out][m]:.3g} instead of {analysis.point.score[m]:.3g}" for m in (method, best))
     return (
-        f"What limits the score: mostly B = {most}. At the tuned lr, without that size, it is {ours} for "
-        f"{grid.labels[method]}, and {other} for {grid.labels[best]}. What ends invariance is asked by largest_batch, "
-        "of the digits, and by largest_batch_gpt."
+        f"Of all batch sizes, B = {left_out} adds most to the score: at the tuned lr, without it, that of "
+        f"{grid.labels[method]} is {ours}, and that of {grid.labels[best]} {other}."
     )
 
 

@@ -81,6 +81,7 @@ class MicrobatchHandle(OutsideHandle):
 
     def found(self, gradients: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         found = self.of_each(gradients)
+        # C^2 is read where b > 1. With other ranks sums are asked for before the pass has ended, when b is not known.
         if self.granularity == "example" and (self.microbatch_size != 1 or self.exchange is not None):
             for name, c in gradients.items():
                 # A copy: the tensor itself becomes p.grad, to which the next pass adds.
@@ -104,9 +105,7 @@ class MicrobatchHandle(OutsideHandle):
     def sums(self, name: str, needs: Sequence[str]) -> tuple[dict[str, Tensor], int]:
         found, sizes = self.over_passes(name, needs)
         b, m = self._size(sizes), len(sizes)
-        if self.granularity == "microbatch":
-            return found, m
-        if b == 1:
+        if self.granularity == "microbatch" or b == 1:
             return found, m
         own = self._sums[name]
         whole = (own.totals if own.of_all is None else own.of_all.sums)[GRADIENT.key].square()
@@ -138,7 +137,7 @@ class MicrobatchHandle(OutsideHandle):
 
 
 def of_examples(need: str, found: Tensor, whole: Tensor, b: int, m: int) -> Tensor:
-    """The sum over B = M b examples that micro-batches estimate (see MicrobatchHandle), from theirs and C^2.
+    """The sum over B = M b examples, b > 1, that micro-batches estimate (see MicrobatchHandle), from theirs and C^2.
 
     Of squared norms, only the sum over examples is known.
     """

@@ -134,20 +134,21 @@ class OutsideHandle(Handle):
     def of_each(self, gradients: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Raw sums of gradients by name, as if each were the contribution of one example."""
         if self.needs == (SUM_OF_SQUARES.name,):
-            # By far the most frequent, and of small tensors it is calls that the time consists of: one for all.
+            # Almost always so. Of small tensors the time is that of the calls: one for all.
             c = list(map(wide, gradients.values()))
             squares = torch._foreach_mul(c, c)
             return {name: {SUM_OF_SQUARES.name: c2} for name, c2 in zip(gradients, squares, strict=True)}
-        return {name: self._of_one(name, gradient) for name, gradient in gradients.items()}
+        return {name: self.of_one(name, gradient) for name, gradient in gradients.items()}
 
-    def _of_one(self, name: str, gradient: Tensor) -> dict[str, Tensor]:
+    def of_one(self, name: str, gradient: Tensor) -> dict[str, Tensor]:
+        """The same of one gradient."""
         contribution = Dense(gradient.unsqueeze(0))
         contribution.parameter = name
         with no_autocast(gradient.device.type):
             return contribution.sums(self.needs)[1]
 
     def found_in(self, under_way: Pass, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """What a backward pass adds, found once."""
+        """What a backward pass adds to the sums of these parameters, found once; and of those found before."""
         new = {name: under_way.arrived[name].to_dense() for name in names if name not in under_way.found}
         if new:
             under_way.found.update(self.found(new))

@@ -54,7 +54,9 @@ class Passes:
         self.current: Pass | None = None
         self.ended = 0  # backward passes, those that accumulated nothing included
         self._accumulators: dict[str, tuple[Any, Any]] = {}  # by parameter, the node that adds to p.grad, and its hook
-        self._followed: dict[str, tuple[int, torch.dtype, torch.device]] = {}  # with what torch keeps that node
+        self._followed: dict[
+            str, tuple[int, torch.dtype, torch.device]
+        ] = {}  # torch makes a new node where one changes
         self.follow()
         self._hook = self.model.register_forward_hook(self._forward)  # and so the model keeps the handle
 

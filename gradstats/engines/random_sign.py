@@ -109,7 +109,7 @@ class RandomSignHandle(OutsideHandle):
         found: dict[str, dict[str, Tensor]] = {}
         for w in weights.to(losses.dtype).to(losses.device):
             for name, gradient in self._weighed(losses, w):
-                squares = self.of_each({name: gradient})[name]
+                squares = self.of_one(name, gradient)
                 total = found.setdefault(name, {})
                 for need, square in squares.items():
                     total[need] = total[need].add_(square, alpha=factor) if need in total else square.mul_(factor)
@@ -142,8 +142,8 @@ class RandomSignHandle(OutsideHandle):
             return {name: {} for name in gradients}
         found: dict[str, dict[str, Tensor]] = {}
         for name, gradient in gradients.items():
-            found |= self.of_each({name: gradient})  # one at a time, since those of the probes go as these come
-            deviations = self._deviations.pop(name, {})
+            found[name] = self.of_one(name, gradient)
+            deviations = self._deviations.pop(name, {})  # let go one by one, as the squares come
             for need, square in found[name].items():
                 square.div_(self._examples).add_(deviations.get(need, 0.0))
         return found

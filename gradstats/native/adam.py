@@ -29,7 +29,7 @@ SCALARS = (
     *("first", "unbias", "inverse_reference", "clip"),
 )
 PHASES: dict[Phase, int] = {"both": 0, "averages": 1, "move": 2}
-# By what m is multiplied by, and whether it is kept for the next batch: once one was smaller than R, it is for good.
+# By m's partner, and whether m is kept for the next batch, as it is for good once a batch was smaller than R.
 PARTNERS = {(None, False): 0, ("exp_avg", False): 1, ("previous", True): 2, (None, True): 3}
 # Elements that are worth another thread, which takes some microseconds to wake.
 GRAIN = 1 << 15

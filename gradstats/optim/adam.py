@@ -66,8 +66,8 @@ class BatchInvariantAdam(ExampleOptimizer):
 
     R > B cannot be had from one batch (nor can R > 1 from one example): `gradstats.optim.moment` says how mu^2 is
     estimated there. This keeps two more buffers, q~ and the mean gradient before, or with the other estimators only q~;
-    all other settings keep Adam's two. One batch smaller than R, as the last of an epoch, is enough to make them:
-    drop_last=True.
+    all other settings keep Adam's two. One batch smaller than R, such as the last of an epoch, makes them for good:
+    DataLoader(..., drop_last=True) avoids it.
 
     Arguments:
         lr, betas, eps, weight_decay, amsgrad, maximize: torch.optim.AdamW's, as tuned at `batch_size`. The default

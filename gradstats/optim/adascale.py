@@ -88,7 +88,7 @@ class AdaScale(ExampleOptimizer):
         params: Any,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
-        *,  # the next of torch.optim.SGD's is dampening, which there is none of
+        *,  # torch.optim.SGD's next is dampening, which this has not
         weight_decay: float = 0.0,
         batch_size: float = 256,
         decoupled_weight_decay: bool = True,

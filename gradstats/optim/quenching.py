@@ -87,7 +87,7 @@ class QuenchingSGD(ExampleOptimizer):
         self,
         params: Any,
         lr: float | Tensor = 1e-2,
-        *,  # the next of torch.optim.SGD's is momentum, which there is none of
+        *,  # torch.optim.SGD's next is momentum, which this has not
         weight_decay: float = 0.0,
         batch_size: float = 256,
         noise_beta: float = 0.99,

@@ -50,6 +50,12 @@ def tokens(labels: Tensor) -> Tensor:
     return labels[:, 1:].ne(-100).sum()
 
 
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean over the tokens of a batch."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return token_sum(logits, batch["labels"]) / tokens(batch["labels"])
+
+
 def weighted(weight: float) -> Callable[[Any, Tensor], Tensor]:
     return lambda output, labels: weight * token_sum(output["logits"], labels)
 

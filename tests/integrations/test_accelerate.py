@@ -15,6 +15,7 @@ from tests.integrations.problem import (
     contributions,
     first_second_moment,
     language_model,
+    loss_of,
     sentences,
     token_sum,
     tokens,
@@ -37,8 +38,7 @@ def test_accelerate(clips):
     for batch in loader:
         window.append(batch)
         with accelerator.accumulate(model):
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            accelerator.backward(token_sum(logits, batch["labels"]) / tokens(batch["labels"]))
+            accelerator.backward(loss_of(model, batch))
             if accelerator.sync_gradients:
                 c = contributions(model, window, [1 / float(tokens(b["labels"])) / STEPS for b in window])
                 if clips:

@@ -14,8 +14,8 @@ from tests.integrations.problem import (
     contributions,
     first_second_moment,
     language_model,
+    loss_of,
     sentences,
-    token_sum,
     tokens,
 )
 
@@ -44,8 +44,7 @@ class Language(lightning.LightningModule):
 
     def training_step(self, batch, index):
         self.window.append(batch)
-        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return token_sum(logits, batch["labels"]) / tokens(batch["labels"])
+        return loss_of(self.model, batch)
 
     def configure_gradient_clipping(self, optimizer, *args, **kwargs):
         """Last of what comes before the optimizer's equation."""

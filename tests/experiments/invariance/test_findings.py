@@ -46,10 +46,10 @@ def test_the_batch_size_that_limits_the_score_is_named():
         if record.batch_size == 4 and record.method == "ours":
             record.train_loss = [2 * loss for loss in record.train_loss]
     found = analyse(records, COMPARISON)
-    (limit,) = [finding.sentence for finding in findings(found) if "What limits" in finding.sentence]
+    (limit,) = [finding.sentence for finding in findings(found) if "adds most" in finding.sentence]
     kept = scores(found.grid, [1, 16, 64])[0, found.tuned[0]]
-    assert f"mostly B = 4. At the tuned lr, without that size, it is {kept:.3g} instead of" in limit
-    assert kept < 0.1 * found.point.score[0] and "for Square root" in limit
+    assert "B = 4 adds most" in limit and f"that of Ours is {kept:.3g} instead of" in limit
+    assert kept < 0.1 * found.point.score[0] and "that of Square root" in limit
 
 
 def test_ours_worse_than_the_baselines_does_not_hold():

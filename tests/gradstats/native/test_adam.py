@@ -159,11 +159,13 @@ def test_other_equations_are_left_to_the_others(field):
     assert not adam.knows(replace(update, moment=replace(update.moment, **{field: True})))
     assert not adam.knows(replace(update, amsgrad=True)) and not adam.knows(replace(update, denominator="slides"))
     assert not adam.knows(replace(update, coupled=True))
+    switched = Moment(True, partner="exp_avg", remembers=True)  # from the estimator "previous" to "running_average"
+    assert not adam.knows(AdamUpdate(switched, statistics=("second_moment",)))
     rmsprop = BatchInvariantRMSprop([nn.Parameter(torch.zeros(1))])
     assert not adam.knows(rmsprop.update(rmsprop.param_groups[0], 1, {}))
 
 
-def test_a_short_batch_does_not_end_it(monkeypatch):
+def test_the_kernel_goes_on_after_a_short_batch(monkeypatch):
     """The last of an epoch, say: from there on q~ and m' are kept, at full batches too."""
     stepped, step = [], adam.step
     monkeypatch.setattr(adam, "step", lambda *arguments: stepped.append(step(*arguments)) or stepped[-1])
