@@ -22,6 +22,7 @@ from gradstats.caller import LEAF
 from gradstats.errors import CoverageError
 from gradstats.function import Call, Gradients, LeafFunction, Sums, Use, autocast
 from gradstats.layout import FIRST, Layout, brought
+from gradstats.lifetime import accumulator_of
 from gradstats.operators import token_of
 from gradstats.rules import Composite, Rule, alone, fallback
 from gradstats.rules.registry import checked
@@ -314,12 +315,6 @@ class Leaf:
 def no_view(value: Any) -> Any:
     """What may be changed in place after FSDP has put its hook on it, which a view would lose."""
     return value.clone() if isinstance(value, Tensor) and value.requires_grad and value._base is not None else value
-
-
-def accumulator_of(leaf: Tensor) -> Any:
-    """The node that adds to its gradient; gradients must be enabled. As get_gradient_edge, in a fifth of the time, for
-    which every layer of every forward waits."""
-    return leaf.view_as(leaf).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
 def will_execute(accumulator: Any) -> bool:

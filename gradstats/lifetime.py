@@ -10,7 +10,7 @@ several times.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -305,6 +305,12 @@ class Lifetime:
         self.first_open = self.generation
         if errors:
             raise errors[0]
+
+
+def accumulator_of(leaf: Tensor) -> Any:
+    """The node that adds to its gradient; gradients must be enabled. As get_gradient_edge, in a fifth of the time, for
+    which every layer of every forward waits."""
+    return leaf.view_as(leaf).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
 
 
 def in_backward() -> bool:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.autograd.variable import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from gradstats.arguments import ExampleDims, count_examples
 from gradstats.errors import CoverageError, LifetimeError
-from gradstats.lifetime import in_backward
+from gradstats.lifetime import accumulator_of, in_backward
 
 if TYPE_CHECKING:
     from gradstats.engines.outside import OutsideHandle
@@ -54,9 +53,6 @@ class Passes:
         self.current: Pass | None = None
         self.ended = 0  # backward passes, those that accumulated nothing included
         self._accumulators: dict[str, tuple[Any, Any]] = {}  # by parameter, the node that adds to p.grad, and its hook
-        self._followed: dict[
-            str, tuple[int, torch.dtype, torch.device]
-        ] = {}  # torch makes a new node where one changes
         self.follow()
         self._hook = self.model.register_forward_hook(self._forward)  # and so the model keeps the handle
 
@@ -72,27 +68,24 @@ class Passes:
         self.current = None
         self.follow()
 
+    @torch.enable_grad()
     def follow(self) -> None:
         """Hooks the nodes that accumulate gradients."""
         self.parameters = {name: p for name, p in self.model.named_parameters() if name not in self.ignored}
         for name, p in self.parameters.items():
             if not (p.requires_grad and p.is_leaf):
                 continue
-            identity = p._cdata, p.dtype, p.device
-            if self._followed.get(name) == identity:
-                continue
             if p.is_complex():
                 raise CoverageError(f"parameter '{name}' is complex: squares are of real gradients. Use ignore=[...]")
             if is_lazy(p):
                 raise CoverageError(f"parameter '{name}' is not initialised: call the model once before attach")
-            node = get_gradient_edge(p).node
+            node = accumulator_of(p)  # another one after a change of dtype or device, also if that was undone
             known, hook = self._accumulators.get(name, (None, None))
             if node is not known:
                 if hook is not None:
                     hook.remove()
                 self._accumulators[name] = node, node.register_prehook(lambda d, name=name: self._arrives(name, *d))
                 self.handle.register(p, name)
-            self._followed[name] = identity
 
     @torch.compiler.disable
     def _forward(self, *_: Any) -> None:

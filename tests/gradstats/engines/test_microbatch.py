@@ -296,6 +296,21 @@ def test_parameters_moved_and_unfrozen_after_attach():
     assert exact(stats, expected)
 
 
+def test_a_part_in_another_dtype_and_back():
+    """As to evaluate in it: torch makes new accumulators at both changes."""
+    model, x, y = problem()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.float())  # so that nothing is lost on the way
+    expected = oracle.contributions(copy.deepcopy(model), F.cross_entropy, x, y)
+    stats = attach(model, "second_moment", "variance", engine="microbatch")
+    backpropagate(model, x, y, 4)
+    model[2].float().double()
+    model.zero_grad()
+    backpropagate(model, x, y, 4)
+    assert stats.batch_size == B and exact(stats, expected)
+
+
 def refused_siamese(model, x, y):
     (F.cross_entropy(model(x[:4]), y[:4]) + F.cross_entropy(model(-x[:4]), y[:4])).backward()
 
