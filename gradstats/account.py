@@ -126,10 +126,15 @@ class Account:
         self.close()
         self._subject = p
         # Weak, since Python's collector does not see through this kind of hook: the model would never be freed.
-        accumulated = weakref.WeakMethod(self._accumulated)
+        own = weakref.ref(self)
+
+        def accumulated(p: Tensor) -> None:
+            if (account := own()) is not None:
+                account._accumulated(p)
+
         self._hooks = [
             p.register_hook(self._arrives),
-            p.register_post_accumulate_grad_hook(lambda p: (alive := accumulated()) and alive(p)),
+            p.register_post_accumulate_grad_hook(accumulated),
         ]
         # Before the user's own, one of which may take an optimizer's step and the gradient away. They run in the order
         # of insertion, whatever move_to_end says.
@@ -166,7 +171,9 @@ class Account:
         if incoming is None:  # the layer was reached, and the loss does not depend on it
             return
         returned, self._returned = self._returned, []
-        plainly = self.handle.lifetime.passes_plainly
+        quiet = self.handle.quiet
+        plainly = (not returned or bool(quiet.reached)) and quiet.arrives(self)
+        plainly = plainly or self.handle.lifetime.passes_plainly
         self._explained = bool(returned) or plainly
         if plainly:
             return
@@ -221,7 +228,8 @@ class Account:
     @property
     def fresh(self) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-        return fresh(self.parameter.grad, self.left.state if self.left is not None else None)
+        gradient = self.parameter.grad
+        return gradient is None or fresh(gradient, self.left.state if self.left is not None else None)
 
     def begin_use(self, backward_pass: int, first_open: int) -> None:
         """The first use of the parameter in a backward pass: does its p.grad go with its statistics?"""
