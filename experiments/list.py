@@ -24,10 +24,9 @@ from experiments.catalogue import SHORT, Experiment, catalogue
 from experiments.errors import command_line
 from experiments.estimate import Finding, count
 from experiments.record import Record
-from experiments.recorded import Recorded, duration, finished, recorded
+from experiments.recorded import UNKNOWN, Form, duration, finished, recorded
 
 MARKER = "experiments"
-UNKNOWN = "not run yet"
 HOW = "python -m experiments.train experiment=NAME, short form experiment=short/NAME"
 
 
@@ -47,18 +46,17 @@ def lines(experiments: Sequence[Experiment], local: bool) -> list[Line]:
 
 
 def of_study(experiment: Experiment, local: bool) -> Line:
-    kept = recorded(experiment.name)
-    alone = Experiment(experiment.name, experiment.config, experiment.purpose)
-    full = finished(alone) if local else None
-    short = finished(experiment.short) if local and experiment.short else None
-    forms = {"full": full, "short": short}
-    if kept is not None and forms[kept.form] is None:
-        forms[kept.form] = kept
-    latest = forms["full"] or forms["short"]
+    here = finished(experiment) if local else None
+    known = [found for found in (here, recorded(experiment.name)) if found is not None]
+    latest = next((found for found in known if found.form == "full"), known[0] if known else None)
+
+    def time_of(form: Form) -> str:
+        return duration(next((s for found in known if (s := found.seconds_of(form)) is not None), None))
+
     return Line(
         experiment,
-        full=time_of(forms["full"]),
-        short=time_of(forms["short"]) if experiment.short else "",
+        full=time_of("full"),
+        short=time_of("short") if experiment.short else "",
         finding=last_finding(latest.summary.findings) if latest else "",
     )
 
@@ -72,10 +70,6 @@ def of_run(experiment: Experiment, local: bool) -> Line:
     last = ended[-1]
     losses = f"training loss {last.final_train_loss:.4f}, test loss {last.final_test_loss:.4f}, {last.label}"
     return Line(experiment, duration(last.seconds), "", losses)
-
-
-def time_of(found: Recorded | None) -> str:
-    return UNKNOWN if found is None else duration(found.seconds)
 
 
 def last_finding(findings: Sequence[Finding]) -> str:

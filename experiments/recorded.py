@@ -26,27 +26,39 @@ CORES = 2
 # Overrides that decide no number: where and how a study ran, not what.
 ELSEWHERE = {"study.workers", "study.runs", "hydra.run.dir"}
 
+UNKNOWN = "not run yet"
+
 Form = Literal["full", "short"]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a study found, in which of its forms, over how many seeds."""
+    """What a study found, in which of its forms, over how many seeds. `short_seconds` is the processor time of all jobs
+    of the short form, which is kept beside the findings of the full one."""
 
     form: Form
     seeds: int
     summary: Summary
+    short_seconds: float | None = None
 
     @property
     def seconds(self) -> float:
         """On CORES cores, each of which always has a job of one thread."""
         return self.summary.seconds / CORES
 
-    def save(self, name: str, figure: Path) -> None:
+    def seconds_of(self, form: Form) -> float | None:
+        """The same of one form, None where it is not known."""
+        if form == self.form:
+            return self.seconds
+        return self.short_seconds / CORES if form == "short" and self.short_seconds is not None else None
+
+    def save(self, name: str, figure: Path | None = None) -> None:
+        """With its figure, unless that is there already."""
         FOLDER.mkdir(parents=True, exist_ok=True)
         with atomic_write(FOLDER / f"{name}.json") as file:
             file.write((json.dumps(asdict(self), indent=1) + "\n").encode())
-        shutil.copyfile(figure, FOLDER / f"{name}.png")
+        if figure is not None:
+            shutil.copyfile(figure, FOLDER / f"{name}.png")
 
 
 def recorded(name: str) -> Recorded | None:
@@ -65,16 +77,24 @@ def recorded(name: str) -> Recorded | None:
 
 def finished(experiment: Experiment) -> Recorded | None:
     """What its own directory holds, the short form's where the full one has not come to its end."""
-    forms: list[tuple[Form, Experiment | None]] = [("full", experiment), ("short", experiment.short)]
-    for form, one in forms:
-        if one is not None and (one.directory / OUTCOME).exists():
-            description, summary = Description.load(one.directory), Summary.load(one.directory)
-            # A study that runs again with other settings has described itself, and not yet found anything.
-            current = description.command == summary.command and len(description.jobs) == summary.jobs
-            if current and deciding(description.config, one.config) == deciding(as_dict(one.config), one.config):
-                summary = replace(summary, command=essential(summary.command))
-                return Recorded(form, len(description.config["study"]["seeds"]), summary)
-    return None
+    full = held(experiment, "full")
+    short = None if experiment.short is None else held(experiment.short, "short")
+    if full is None or short is None:
+        return full or short
+    return replace(full, short_seconds=short.summary.seconds)
+
+
+def held(one: Experiment, form: Form) -> Recorded | None:
+    """What the directory of one form holds."""
+    if not (one.directory / OUTCOME).exists():
+        return None
+    description, summary = Description.load(one.directory), Summary.load(one.directory)
+    # A study that runs again with other settings has described itself, and not yet found anything.
+    current = description.command == summary.command and len(description.jobs) == summary.jobs
+    if not current or deciding(description.config, one.config) != deciding(as_dict(one.config), one.config):
+        return None
+    summary = replace(summary, command=essential(summary.command))
+    return Recorded(form, len(description.config["study"]["seeds"]), summary)
 
 
 def deciding(config: dict[str, Any], like: Config) -> dict[str, Any]:
@@ -100,7 +120,9 @@ def figure_of(experiment: Experiment, form: Form) -> Path:
     return one.directory / FIGURE
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return UNKNOWN
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

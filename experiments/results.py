@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +27,7 @@ from experiments.description import OUTCOME
 from experiments.documents import Cell, Table, fill_document, markdown
 from experiments.errors import UserError, command_line
 from experiments.estimate import Finding, count
-from experiments.recorded import CORES, FOLDER, Recorded, duration, figure_of, finished, recorded
+from experiments.recorded import CORES, FOLDER, UNKNOWN, Recorded, duration, figure_of, finished, recorded
 
 RESULTS = Path("experiments/RESULTS.md")
 MARKER = "results"
@@ -43,15 +44,19 @@ def run(experiments: Sequence[Experiment]) -> list[str]:
 
 
 def record(experiments: Sequence[Experiment]) -> list[str]:
-    """Keeps what is finished, but no short form in place of a full one; the names of the rest."""
+    """Keeps what is finished, of a short form beside a full one its time alone; the names of the rest."""
     rest = []
     for experiment in experiments:
         anew(experiment)
         found, kept = finished(experiment), recorded(experiment.name)
         if found is None:
             rest.append(experiment.name)
-        elif found.form == "full" or kept is None or kept.form == "short":
-            found.save(experiment.name, figure_of(experiment, found.form))
+        elif found.form == "short" and kept is not None and kept.form == "full":
+            replace(kept, short_seconds=found.summary.seconds).save(experiment.name)
+        else:
+            short = (one.seconds_of("short") for one in (found, kept) if one is not None)
+            known = next((CORES * seconds for seconds in short if seconds is not None), None)
+            replace(found, short_seconds=known).save(experiment.name, figure_of(experiment, found.form))
     return rest
 
 
@@ -76,19 +81,20 @@ def summary_of(known: dict[str, Recorded | None]) -> str:
         f"Times are the sum of all jobs' processor time over {CORES}, of wall-clock time in results from before it was "
         "counted."
     )
-    columns = ["experiment", "claims", "seeds", "form", f"time on {CORES} cores"]
+    columns = ["experiment", "claims", "seeds", "form", f"time on {CORES} cores", "of the short form"]
     return markdown(Table("All studies", explanation, columns, rows, emphasised=()))
 
 
 def row(name: str, found: Recorded | None) -> list[Cell]:
     if found is None:
-        return [name, "not run yet", "", "", ""]
+        return [name, UNKNOWN, "", "", "", ""]
     return [
         f"[{name}](#{name})",
         count(found.summary.findings),
         str(found.seeds),
         found.form,
         duration(found.seconds),
+        duration(found.seconds_of("short")),
     ]
 
 

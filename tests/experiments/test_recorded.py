@@ -34,6 +34,7 @@ def test_the_full_form_wins_over_the_short_one(experiment: Experiment) -> None:
     write(experiment, seconds=100)
     full = finished(experiment)
     assert full is not None and (full.form, full.summary.seconds) == ("full", 100)
+    assert (full.seconds_of("full"), full.seconds_of("short"), short.seconds_of("full")) == (50.0, 5.0, None)
     assert figure_of(experiment, "full").read_bytes() == f"picture of {NAME}".encode()
 
 
@@ -82,6 +83,7 @@ def test_damage_is_one_message(experiment: Experiment) -> None:
 
 def test_times_are_told_in_one_unit() -> None:
     assert [duration(s) for s in (4.4, 99, 121, 5990, 7200)] == ["4 s", "99 s", "2 min", "100 min", "2.0 h"]
+    assert duration(None) == "not run yet"
 
 
 def test_overrides_that_decide_no_number_are_not_told() -> None:

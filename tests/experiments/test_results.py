@@ -120,15 +120,33 @@ def test_nothing_runs_where_the_results_cannot_be_written(
 def test_a_short_form_does_not_take_the_place_of_a_full_one(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its time alone is told, and kept when the full form has run again."""
     assert experiment.short is not None
     folder = write(experiment)
     assert launch(monkeypatch, "--collect") == 0
-    before = RESULTS.read_text()
+    before, untimed, timed = RESULTS.read_text(), "| full | 5 min | not run yet |", "| full | 5 min | 40 s |"
     for path in folder.iterdir():
         path.unlink()
-    write(experiment.short)
+    short = write(experiment.short, seconds=80)
     assert launch(monkeypatch, "--collect") == 0
-    assert RESULTS.read_text() == before
+    assert untimed in before and RESULTS.read_text() == before.replace(untimed, timed)
+    for path in short.iterdir():
+        path.unlink()
+    write(experiment)
+    assert launch(monkeypatch, "--collect") == 0
+    assert RESULTS.read_text() == before.replace(untimed, timed)
+
+
+def test_the_time_of_a_recorded_short_form_is_kept(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert experiment.short is not None
+    short = write(experiment.short, seconds=80)
+    assert launch(monkeypatch, "--collect") == 0
+    assert "| short | 40 s | 40 s |" in RESULTS.read_text()
+    for path in short.iterdir():
+        path.unlink()
+    write(experiment)
+    assert launch(monkeypatch, "--collect") == 0
+    assert "| full | 5 min | 40 s |" in RESULTS.read_text()
 
 
 def test_signs_of_markdown_are_escaped() -> None:
