@@ -36,6 +36,7 @@ from experiments.tune_report import capacity_told, regret, settings, tuning_told
 from experiments.tuning import Tuner
 
 FILE = "tuned.md"
+LEAST_STEPS = 16  # in fewer of them Adam learns little, however it is tuned
 
 
 def run_tune(config: Config, directory: Path, overrides: Sequence[str]) -> None:
@@ -54,19 +55,39 @@ def run_tune(config: Config, directory: Path, overrides: Sequence[str]) -> None:
     memory = partial(step_memory, dataclasses.replace(config, optimizer=largest_R), data, device)
     budget = free_memory(device) if tune.memory_gb is None else tune.memory_gb * GIGABYTE
     capacity = largest_batch(memory, tune.batch_size, len(data.train), budget)
-    far = min(tune.factor * tune.batch_size, capacity.batch_size)
+    fars, untold = measured_at(tune, capacity.batch_size, config.train.epochs * len(data.train))
 
     tracker = dataclasses.replace(config.tracker, group=config.tracker.group or f"{config.name} tune")
     # Runs of all batch sizes end at the same count of examples.
-    multiple = math.lcm(config.evaluation.multiple, tune.batch_size, far)
+    multiple = math.lcm(config.evaluation.multiple, tune.batch_size, *fars)
     evaluation = dataclasses.replace(config.evaluation, multiple=multiple)
     tuner = Tuner(dataclasses.replace(config, tracker=tracker, evaluation=evaluation), tune, directory, console)
     tuned = tuner.refine(tuner.look(candidates, tune.batch_size), tune.batch_size)
     parts: list[str | Table] = [tuning_told(tuned, tuner), capacity_told(capacity, device)]
     parts += settings(tuned.optimizer, capacity.batch_size, config.evaluation.multiple, overrides)
-    parts += regret(tuned.optimizer, far, tuner)
+    for far in fars:
+        parts += regret(tuned.optimizer, far, tuner)
+    parts += untold
     told = ", ".join(f"{key} {value}" for key, value in environment(config.hardware.threads).items())
     tell([*parts, f"Measured with: {told}."], directory, console)
+
+
+def measured_at(tune: TuneConfig, largest: int, examples: float) -> tuple[list[int], list[str]]:
+    """The batch sizes at which regret is measured, and what is said of the largest that fits where it is none of them.
+
+    examples: the budget of a run.
+    """
+    home = tune.batch_size
+    fars = sorted({min(tune.factor * home, largest), largest} - {home})
+    if not fars:
+        return [], [f"What the tuning costs at larger batches is not known: none above {home} fits."]
+    steps = int(examples / largest)
+    if steps >= LEAST_STEPS or len(fars) == 1:
+        return fars, []
+    return fars[:-1], [
+        f"Regret at B = {largest} was not measured: a run has {steps} steps there, in which nothing is learned that "
+        "could be compared. Train for longer (train.epochs)."
+    ]
 
 
 def check(config: Config) -> TuneConfig:

@@ -57,7 +57,8 @@ def test_it_tunes_measures_and_tells_and_runs_nothing_twice(launched: Launch) ->
         r"BatchInvariantAdam\(model.parameters\(\), lr=[\d.]+, betas=\(0.99, 0.999\), eps=1e-08, batch_size=16\)",
         r"torch.optim.AdamW\(model.parameters\(\), lr=",
         r"\| \*\*ours, tuned at B = 16\*\* \|",
-        r"Expected regret of ours, tuned at B = 16: \S+ \[\S+, \S+\] on the training loss, \S+ \[",
+        r"Expected regret of ours, tuned at B = 16, at B = 64: \S+ \[\S+, \S+\] on the training loss, \S+ \[",
+        r"Regret at B = 512 was not measured: a run has 2 steps there",
         r"Measured with: python 3",
     ):
         assert re.search(expected, text), expected
@@ -90,13 +91,26 @@ def test_what_is_wrong_is_one_message(launched: Launch, overrides: list[str], me
 
 
 def test_where_nothing_larger_fits_regret_is_not_told(launched: Launch) -> None:
+    assert launched(room_for(16)).code == 0
+    text = Path("tuned/tuned.md").read_text()
+    assert "Largest batch: B = 16." in text and "none above 16 fits" in text and "Expected regret" not in text
+
+
+def test_regret_is_told_at_the_largest_batch_too(launched: Launch) -> None:
+    assert launched("tune.factor=2", room_for(64)).code == 0
+    text = Path("tuned/tuned.md").read_text()
+    told = re.findall(r"Expected regret of (\w+), .*?, at B = (\d+):", text)
+    assert told == [("ours", "32"), ("AdamW", "32"), ("ours", "64"), ("AdamW", "64")]
+    assert "Regret at B = 32" in text and "Regret at B = 64" in text and "not measured" not in text
+
+
+def room_for(batch_size: int) -> str:
+    """An override: the memory of a step of so many examples, and half of what twice as many add."""
     config = compose_config([override for override in TINY if not override.startswith("tune.")])
     cpu = torch.device("cpu")
     data = load_data(config.data, cpu)
-    fits, does_not = (step_memory(config, data, cpu, batch_size) for batch_size in (16, 32))
-    assert launched(f"tune.memory_gb={(fits + does_not) / 2e9}").code == 0
-    text = Path("tuned/tuned.md").read_text()
-    assert "Largest batch: B = 16." in text and "none above 16 fits" in text and "Expected regret" not in text
+    fits, does_not = (step_memory(config, data, cpu, size) for size in (batch_size, 2 * batch_size))
+    return f"tune.memory_gb={(fits + does_not) / 2e9}"
 
 
 def ours(**values: object) -> BatchInvariantAdamConfig:
