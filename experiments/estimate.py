@@ -156,9 +156,15 @@ def widening(seeds: int) -> float:
 
 
 def ratio_of_means(first: Array, second: Array) -> Estimate:
-    """Of values (S,) of the same seeds."""
+    """Of values (S,) of the same seeds; where all of them are positive, so is the interval."""
     pairs = np.stack([first, second], axis=1)
-    return over_seeds(pairs, lambda rows: float(rows[:, 0].mean() / rows[:, 1].mean()))
+
+    def ratio(rows: Array) -> float:
+        return float(rows[:, 0].mean() / rows[:, 1].mean())
+
+    if (pairs > 0).all():
+        return over_seeds(pairs, lambda rows: float(np.log(ratio(rows)))).exp()
+    return over_seeds(pairs, ratio)
 
 
 def geometric_mean(values: Array) -> Estimate:

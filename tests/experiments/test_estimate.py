@@ -62,6 +62,14 @@ def test_a_ratio_of_means_keeps_seeds_together() -> None:
     assert ratio_of_means(np.array([1.0, 3.0]), np.array([1.0, 1.0])).value == 2
 
 
+def test_a_ratio_of_means_is_positive_where_the_values_are() -> None:
+    few = ratio_of_means(np.array([0.1, 5.0, 0.2]), np.array([1.0, 1.1, 0.9]))
+    assert 0 < few.low < few.value < few.high
+    signed = ratio_of_means(np.array([-0.1, 0.1, 0.0]), np.ones(3))
+    assert signed.low < 0 < signed.high and signed.value == 0
+    assert ratio_of_means(np.zeros(3), np.ones(3)).high == 0
+
+
 def test_numbers_are_told_in_three_digits() -> None:
     told = [Estimate(value, np.nan, np.nan).text() for value in (0.5, 12.34, 321.4, 0.0, 3e-5, np.inf)]
     assert told == ["0.500", "12.3", "321", "0", "3e-05", "–"]
