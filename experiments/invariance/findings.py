@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from experiments.estimate import Estimate, Finding, at_edge, listed, notes
+from experiments.estimate import CONFIDENCE, Estimate, Finding, at_edge, listed, notes
 from experiments.invariance.analysis import Analysis, best_baseline, lowest, out_of_reach, scores
 
 LARGEST_RATIO = 1 / 3
@@ -59,9 +59,14 @@ def _matched_score(analysis: Analysis, method: int, target: int) -> Finding:
         sentence += (
             f" That of {analysis.grid.labels[other]}, which averages the same squares by another road: {reached}."
         )
+    verdict = ratio.verdict(LARGEST_RATIO)
     if (share := analysis.reachable[[method, best], target].min()) < 1:
-        sentence += f" Intervals are over the {share:.0%} of resamples that reach this loss."
-    return Finding(bar, ratio.verdict(LARGEST_RATIO), sentence + _beyond(ratio, LARGEST_RATIO))
+        sentence += f" Intervals are over the {share:.0%} of resamples that reach this loss"
+        if share < CONFIDENCE:  # with the others the interval could lie anywhere
+            verdict = "cannot be judged"
+            sentence += ", too few to judge by"
+        sentence += "."
+    return Finding(bar, verdict, sentence + _beyond(ratio, LARGEST_RATIO))
 
 
 def _regret(analysis: Analysis, method: int) -> Finding:

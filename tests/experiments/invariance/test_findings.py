@@ -64,6 +64,14 @@ def test_a_loss_out_of_reach_cannot_be_judged():
     assert "its lowest loss is" in finding.sentence
 
 
+@pytest.mark.parametrize(("share", "verdict"), [(0.96, "holds"), (0.62, "cannot be judged")])
+def test_a_loss_that_many_resamples_do_not_reach_judges_nothing(analysis: Analysis, share: float, verdict: str):
+    reachable = np.full_like(analysis.reachable, share)
+    finding = findings(dataclasses.replace(analysis, reachable=reachable))[0]
+    assert finding.verdict == verdict and f"over the {share:.0%} of resamples" in finding.sentence
+    assert ("too few to judge by" in finding.sentence) == (verdict != "holds")
+
+
 def test_an_accuracy_more_than_a_point_below_does_not_hold(analysis: Analysis):
     point, low, high = (
         dataclasses.replace(measures, accuracy_gap=np.full(5, gap))
