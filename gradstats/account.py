@@ -223,13 +223,13 @@ class Account:
     @property
     def untouched(self) -> bool:
         """Whether p.grad is as the last backward pass left it."""
-        return self.left is not None and untouched(self.parameter.grad, self.left.state)
+        return untouched(self.parameter.grad, self.left)
 
     @property
     def fresh(self) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
         gradient = self.parameter.grad
-        return gradient is None or fresh(gradient, self.left.state if self.left is not None else None)
+        return gradient is None or fresh(gradient, untouched(gradient, self.left))
 
     def begin_use(self, backward_pass: int, first_open: int) -> None:
         """The first use of the parameter in a backward pass: does its p.grad go with its statistics?"""

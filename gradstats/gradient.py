@@ -53,14 +53,17 @@ def values_of(gradient: Tensor) -> Tensor:
     return values._values() if values.is_sparse else values
 
 
-def untouched(gradient: Tensor | None, left: State | None) -> bool:
-    """Whether p.grad is as it was when its state was `left`."""
-    return gradient is not None and left == state_of(gradient)
+def untouched(gradient: Tensor | None, left: Left | None) -> bool:
+    """Whether p.grad is as the backward pass left it: another tensor may have got its address."""
+    if gradient is None or left is None:
+        return False
+    return left.tensor() is gradient and left.state == state_of(gradient)
 
 
-def fresh(gradient: Tensor | None, left: State | None) -> bool:
-    """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-    return gradient is None or (not untouched(gradient, left) and not bool(gradient.any()))
+def fresh(gradient: Tensor | None, known: bool) -> bool:
+    """Whether the next gradient is the first since zero_grad(), whichever way it zeroed; one that is `known` to be as a
+    backward pass left it is not looked into."""
+    return gradient is None or (not known and not bool(gradient.any()))
 
 
 def sample(gradient: Tensor) -> Tensor:

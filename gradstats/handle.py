@@ -16,7 +16,7 @@ from gradstats.clipping import clip, recognise
 from gradstats.distributed.counts import Counts
 from gradstats.distributed.exchange import Exchange, active, enlist, exchange_of
 from gradstats.errors import GradstatsError, LifetimeError, MissingStatistic
-from gradstats.gradient import Left, fresh
+from gradstats.gradient import Left, fresh, state_of
 from gradstats.loss_scale import LossScale, includes
 from gradstats.losses import reduced
 from gradstats.reading import Readable, keys
@@ -366,7 +366,7 @@ class Handle(Readable):
             p = self.parameter(name)
             if p is not None and p.grad is not None and self.has(name):
                 noted, left = True, self.left(name)
-                if left is None or not fresh(p.grad, left.known):
+                if left is None or not fresh(p.grad, left.known == state_of(p.grad)):
                     return False
         return noted
 

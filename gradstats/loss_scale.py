@@ -67,7 +67,7 @@ class LossScale:
     @torch.no_grad()
     def _arrives(self, p: Tensor) -> None:
         note = self._notes[p]
-        if note is None or p.grad is None or fresh(p.grad, note.left):
+        if note is None or p.grad is None or fresh(p.grad, note.left == state_of(p.grad)):
             self._arrived[p] = None
         else:
             self._arrived[p] = torch.isclose(largest(p.grad), note.largest, rtol=0, atol=0, equal_nan=True)

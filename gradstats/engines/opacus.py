@@ -80,12 +80,11 @@ class OpacusHandle(Handle):
             )
 
     def _count(self, name: str, p: nn.Parameter) -> None:
-        left = self._left.get(name)
-        state = left.state if left is not None else None
-        if fresh(p.grad, state):
+        known = untouched(p.grad, self._left.get(name))
+        if fresh(p.grad, known):
             self._passes[name] = 0
             self._unseen.discard(name)
-        elif not untouched(p.grad, state):
+        elif not known:
             self._unseen.add(name)
         self._passes[name] = self._passes.get(name, 0) + 1
 

@@ -109,13 +109,11 @@ class OutsideHandle(Handle):
 
     def fresh(self, name: str) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-        left = self.left(name)
-        return fresh(self.parameters()[name].grad, left.state if left is not None else None)
+        return fresh(self.parameters()[name].grad, self.untouched(name))
 
     def untouched(self, name: str) -> bool:
         """Whether p.grad is as the last backward pass left it."""
-        left = self.left(name)
-        return left is not None and untouched(self.parameters()[name].grad, left.state)
+        return untouched(self.parameters()[name].grad, self.left(name))
 
     def begins(self, name: str) -> bool:
         """Whether a gradient that arrives is the first since zero_grad()."""

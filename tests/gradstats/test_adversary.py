@@ -245,6 +245,20 @@ def test_gradient_that_the_window_has_not_seen_is_refused(spoil):
         handle.second_moment["0.weight"]
 
 
+@pytest.mark.parametrize("options", [{}, {"engine": "microbatch"}])
+def test_another_gradient_at_the_same_address_is_refused(options):
+    """The allocator gives an address again, to a tensor that has been changed as often."""
+    model, x, y = problem()
+    handle, weight = attach(model, **options), model[0].weight
+    loss_of(model(x), y).backward()
+    other = weight.grad.detach()
+    other.data.mul_(3)
+    weight.grad = other
+    loss_of(model(x), y).backward()
+    with pytest.raises(LifetimeError, match="more than these statistics"):
+        handle.second_moment["0.weight"]
+
+
 @pytest.mark.parametrize(
     "within",
     [
