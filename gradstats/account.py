@@ -6,6 +6,7 @@ difference is gradient that the statistics have not seen, and is refused rather 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -33,6 +34,14 @@ def fits(found: Tensor | None, p: Tensor, raw: RawSum) -> TypeGuard[Tensor]:
     return found.shape == p.shape and found.device == p.device and found.dtype == raw.dtype(p.dtype)
 
 
+def alone(tensor: Tensor) -> bool:
+    """Whether the caller has the only reference to the tensor, and to its memory."""
+    storage = tensor.untyped_storage()  # which counts too
+    names = sys.getrefcount(tensor)  # the caller's, the one here, and the argument of the call
+    tensors, memories = tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    return names <= 3 and tensors == 1 and memories == 2
+
+
 class Account:
     """Of the parameter `attribute` of `module`, called `name` in the model."""
 
@@ -44,7 +53,8 @@ class Account:
 
     def _forget(self) -> None:
         self.steps: dict[str, dict[int, Tensor]] = {}  # other sums, by generation
-        self._memory: list[Tensor] = []  # sums of a window before
+        self._memory: dict[str, Tensor] = {}  # sums of a window before
+        self._recycled: set[str] = set()  # those whose memory is written over in the next one
         self.generations: set[int] = set()  # backpropagated in this window
         self.units: dict[int, int] = {}  # what was squared in each of them: examples, or positions, or groups
         self.first = 0  # the first generation that counts
@@ -85,14 +95,19 @@ class Account:
         return self.holder.get(self.attribute)
 
     @property
+    def held(self) -> Tensor | None:
+        """What the module has under that name: parametrizing takes it away, and torch.func puts other tensors there."""
+        return self.holder.get(self.attribute)
+
+    @property
     def present(self) -> bool:
-        """Whether the module still has the parameter: parametrizing takes it away."""
-        return self.holder.get(self.attribute) is not None
+        """Whether the module still has the parameter."""
+        return self.held is not None
 
     @property
     def trainable(self) -> bool:
         """Whether the parameter is there, and has a gradient to come."""
-        p = self.holder.get(self.attribute)
+        p = self.held
         return p is not None and p.requires_grad
 
     # Forward
@@ -171,9 +186,7 @@ class Account:
         if incoming is None:  # the layer was reached, and the loss does not depend on it
             return
         returned, self._returned = self._returned, []
-        quiet = self.handle.quiet
-        plainly = (not returned or bool(quiet.reached)) and quiet.arrives(self)
-        plainly = plainly or self.handle.lifetime.passes_plainly
+        plainly = self.handle.lifetime.passes_plainly
         self._explained = bool(returned) or plainly
         if plainly:
             return
@@ -245,17 +258,24 @@ class Account:
     def reset(self, first: int, keeps: bool = False) -> None:
         """Forgets the sums; generations from `first` on count. What `keeps` their memory until the next reset but this
         one finds it where it was, and not taken back by the system, which gives it again page by page."""
-        self._memory = self._memory if keeps else []
-        for s in self.shadows.values():
-            if keeps and s.grad is not None and s.grad.device.type == "cpu":
-                self._memory.append(s.grad)
+        for kind, s in self.shadows.items():
+            if s.grad is not None and s.grad.device.type == "cpu" and (keeps or kind in self._recycled):
+                self._memory[kind] = s.grad
             s.grad = None
+        if not keeps and self._memory:
+            self._memory = {kind: self._memory[kind] for kind in self._recycled & self._memory.keys()}
         self.steps.clear()
         self.generations.clear()
         self.units.clear()
         self.first = first
         self.unseen = False
         self.totals, self.elsewhere = None, 0
+
+    def spare(self, kind: str) -> Tensor | None:
+        """The memory of a sum of the window before, if nobody else has it; from now on it is kept for who asks here."""
+        self._recycled.add(kind)
+        memory = self._memory.pop(kind, None)
+        return memory if fits(memory, self.tensor, SUMS[kind]) and alone(memory) else None
 
     # Reading
 

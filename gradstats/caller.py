@@ -33,6 +33,4 @@ class Caller:
                 return kind.forward(self.module, *args, **kwargs)
         with self.handle.outermost(self.module, args, kwargs):
             server = self.module.__dict__[LEAF]  # which the probe may have replaced by a leaf
-            output = kind.forward(self.module, *args, **kwargs) if server is self else server(kind, args, kwargs)
-        self.handle.quiet.follow(output)
-        return output
+            return kind.forward(self.module, *args, **kwargs) if server is self else server(kind, args, kwargs)

@@ -22,7 +22,7 @@ from gradstats.caller import LEAF
 from gradstats.errors import CoverageError
 from gradstats.function import Call, Gradients, LeafFunction, Sums, Use, autocast
 from gradstats.layout import FIRST, Layout, brought
-from gradstats.lifetime import accumulator_of, will_execute
+from gradstats.lifetime import accumulator_of
 from gradstats.operators import token_of
 from gradstats.rules import Composite, Rule, alone, fallback
 from gradstats.rules.registry import checked
@@ -93,14 +93,18 @@ class Leaf:
     @property
     def active(self) -> bool:
         """Whether statistics are wanted of this call; not under functional_call, whose tensors are no parameters."""
-        if self.handle.quiet.active:
-            return False
         # Reentrant checkpointing runs the first forward without gradients, but inside of an autograd Function, which
         # torch.no_grad() does not: what it returns must be shaped like what the recomputation returns.
         if not torch.is_grad_enabled() and (torch._C._is_fwd_grad_enabled() or not self.handle.forwarding):
             return False
-        trainable = [a.tensor for a in self.accounts.values() if a.trainable]
-        return bool(trainable) and all(isinstance(p, nn.Parameter) for p in trainable)
+        trains = False
+        for account in self.accounts.values():
+            p = account.held
+            if p is not None and p.requires_grad:
+                if not isinstance(p, nn.Parameter):
+                    return False
+                trains = True
+        return trains
 
     # Forward
 
@@ -317,3 +321,11 @@ class Leaf:
 def no_view(value: Any) -> Any:
     """What may be changed in place after FSDP has put its hook on it, which a view would lose."""
     return value.clone() if isinstance(value, Tensor) and value.requires_grad and value._base is not None else value
+
+
+def will_execute(accumulator: Any) -> bool:
+    """Whether the backward pass under way accumulates there, unlike torch.autograd.grad."""
+    try:
+        return torch._C._will_engine_execute_node(accumulator)
+    except RuntimeError:  # torch.autograd.grad with respect to the leaf
+        return False

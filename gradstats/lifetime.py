@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from gradstats.engines.fused import FusedHandle
     from gradstats.function import Use
     from gradstats.leaf import Leaf
-    from gradstats.quiet import Quiet
 
 
 class Lifetime:
@@ -98,7 +97,7 @@ class Lifetime:
     def begin_forward(self) -> int:
         """The generation of a leaf's call."""
         if in_backward():  # recomputed under checkpointing: this pass lasts until the task that asked for it ends
-            self.watch()
+            self._watch()
             return self.current if self.started else self.generation
         self.look_back()
         return self.generation
@@ -180,14 +179,14 @@ class Lifetime:
 
     # Backward
 
-    def _reach(self, leaf: Leaf | Quiet, accounts: Sequence[Account], n: int, generation: int, gathers: bool) -> None:
+    def _reach(self, leaf: Leaf, accounts: Sequence[Account], n: int, generation: int, gathers: bool) -> None:
         """A leaf's call is reached, before gradients are accumulated."""
         if self.cut_short:
             raise LifetimeError(
                 "the last backward pass was cut short by an exception, and FSDP keeps the gradients that it had not "
                 "reduced, which zero_grad() does not reach: make the model anew, and load a checkpoint"
             )
-        self.watch()
+        self._watch()
         if not self.started:
             self.started = True
             self.backward_passes += 1
@@ -220,8 +219,8 @@ class Lifetime:
         for account in accounts:
             account.begin_use(self.backward_passes, self.first_open)
 
-    def begin_plain(self, leaf: Leaf | Quiet, accounts: Sequence[Account], n: int, generation: int) -> None:
-        """The same as `begin_backward` for a call that gathers nothing, as it does not without examples."""
+    def begin_plain(self, leaf: Leaf, accounts: Sequence[Account], n: int, generation: int) -> None:
+        """The same as `begin_backward` for a leaf's call that gathers nothing, as it does not without examples."""
         self._reach(leaf, accounts, n, generation, gathers=n == 0 and self.turns.gathers)
         self.returned = True
         for account in accounts:
@@ -272,7 +271,7 @@ class Lifetime:
         for account in self.accounts:
             account.reset(first=0, keeps=keeps)
 
-    def watch(self) -> None:
+    def _watch(self) -> None:
         """Notes the graph task that runs; when all noted ones have ended, so has the backward pass.
 
         Reentrant checkpointing runs a backward pass within another: its end is not the end of the outer one.
@@ -299,12 +298,11 @@ class Lifetime:
         self._suspicions.clear()
         self._recomputed.clear()
         self._drawn.clear()
-        self.handle.quiet.reached.clear()
-        if self.started:  # torch.autograd.grad is no end of a generation
+        if self.started:
             self.turns.close()
-            self.generation += 1
-            self.first_open = self.generation
         self.started = False
+        self.generation += 1
+        self.first_open = self.generation
         if errors:
             raise errors[0]
 
@@ -313,14 +311,6 @@ def accumulator_of(leaf: Tensor) -> Any:
     """The node that adds to its gradient; gradients must be enabled. As get_gradient_edge, in a fifth of the time, for
     which every layer of every forward waits."""
     return leaf.view_as(leaf).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-
-
-def will_execute(accumulator: Any) -> bool:
-    """Whether the backward pass under way accumulates there, unlike torch.autograd.grad."""
-    try:
-        return torch._C._will_engine_execute_node(accumulator)
-    except RuntimeError:  # torch.autograd.grad with respect to the leaf
-        return False
 
 
 def in_backward() -> bool:

@@ -32,7 +32,6 @@ from gradstats.handle import Handle, Reader
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
 from gradstats.probe import Probe
-from gradstats.quiet import Quiet
 from gradstats.reading import ByParameter
 from gradstats.rules import Composite, Rule, fallback, find
 from gradstats.rules.registry import checked, refuse_coupling
@@ -92,7 +91,6 @@ class FusedHandle(Handle):
         self.exchange = None
         self.probing: Forwards | None = None
         self.lifetime = Lifetime(self, list(self.accounts.values()), self.sampling)
-        self.quiet = Quiet(self)
 
     # Calls
 
@@ -114,7 +112,6 @@ class FusedHandle(Handle):
             yield
         finally:
             self.lifetime.leave(module)
-            self.quiet.under_way = False
 
     @contextmanager
     def probed_by(self, forwards: Forwards) -> Iterator[None]:
@@ -135,7 +132,6 @@ class FusedHandle(Handle):
         self.lifetime.look_ahead()
         if self.lifetime.gathers and count:
             self._probe_once(module, args, kwargs)
-        self.quiet.enter(count)
         self.lifetime.enter(module, count)
 
     def _probe_once(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -189,7 +185,7 @@ class FusedHandle(Handle):
         return any(p is other for other in self.ignored.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        left = ("_names", "exchange", "probing", "lifetime", "quiet", "calls", "due")
+        left = ("_names", "exchange", "probing", "lifetime", "calls", "due")
         return {key: value for key, value in self.__dict__.items() if key not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
