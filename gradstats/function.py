@@ -23,7 +23,7 @@ from gradstats.errors import CoverageError
 from gradstats.forms.rows import Rows
 from gradstats.joint import Looked, look, sums_of
 from gradstats.rules import Rule
-from gradstats.sums import OF_SQUARES
+from gradstats.sums import OF_SQUARES, SUM_OF_SQUARES
 
 if TYPE_CHECKING:
     from gradstats.account import Account
@@ -141,7 +141,7 @@ def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradient
     sums: Sums = {}
     kinds, lifetime = call.leaf.handle.needs, call.leaf.handle.lifetime
     # What is small comes last in layers, and first here: its temporaries are gone when the weight's sums are made.
-    for name, (_, uses, collects) in reversed(call.used.items()):
+    for name, (account, uses, collects) in reversed(call.used.items()):
         own, found = contributions.get(name), {}
         uses.begin()
         index = None  # examples that the sums are over, if not all
@@ -171,6 +171,8 @@ def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradient
             found = sums_of(uses.parts, kinds)
             uses.parts.clear()
         elif own is not None:
+            if isinstance(own, Rows) and SUM_OF_SQUARES.name in kinds:
+                own.spare = account.spare(SUM_OF_SQUARES.name)
             gradients[name], found = own.sums(kinds) if index is None else own.sums_over(index, kinds)
         for kind, value in found.items():
             sums[name, kind] = value if uses.weight == 1 else value.mul_(uses.weight)
