@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
+from experiments.benchmarks import bars
 from experiments.benchmarks.contestants import CONTESTANTS, is_ours
 from experiments.benchmarks.results import Results, Row, row
 from experiments.benchmarks.scaling import Growth, growths
@@ -69,7 +69,10 @@ def known(kind: type, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def tables(run: Run) -> list[Table]:
-    return [*(of_workload(run, workload) for workload in run.workloads), *([of_growths(run)] if run.growths else [])]
+    found = [of_workload(run, workload) for workload in run.workloads]
+    if run.growths:
+        found.append(of_growths(run))
+    return found if run.about["quick"] else [*found, of_bars(run)]  # what they ask of is full shapes
 
 
 def of_workload(run: Run, workload: str) -> Table:
@@ -89,7 +92,7 @@ def cells(r: Row) -> list[Any]:
         r.title,
         statistic,
         number(r.ratio),
-        DASH if r.ratio is None else f"{number(r.lower)} to {number(r.upper)}",
+        DASH if r.ratio is None else between(r.lower, r.upper),
         DASH if r.ms is None else f"{r.ms:.3g}",
         DASH if r.above is None else f"{r.above:+.2f}",
         off(r),
@@ -101,6 +104,10 @@ def number(value: float | None) -> str:
     if value is None:
         return DASH
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def between(lower: float | None, upper: float | None) -> str:
+    return f"{number(lower)} to {number(upper)}"
 
 
 def off(r: Row) -> str:
@@ -131,6 +138,32 @@ def of_growths(run: Run) -> Table:
     )
 
 
+def of_bars(run: Run) -> Table:
+    columns = ["workload", "contestant", "statistic", "what", "limit", "measured", "quartiles", "verdict"]
+    rows = [verdict(one) for one in bars.judged(run.rows, run.about)]
+    return Table("Bars", bars.EXPLANATION, columns, rows, emphasised=())
+
+
+def verdict(one: bars.Judged) -> list[Any]:
+    who, found, varies = CONTESTANTS[one.contestant], one.measured, one.what == "time"
+    return [
+        WORKLOADS[one.workload].title,
+        who.title,
+        who.statistic.replace("_", " "),
+        one.what,
+        limit(one),
+        DASH if isinstance(found, str) else number(found.median),
+        DASH if isinstance(found, str) or not varies else between(found.lower, found.upper),
+        one.verdict,
+    ]
+
+
+def limit(one: bars.Judged) -> str:
+    if isinstance(one.limit, str):
+        return DASH
+    return f"below {number(one.limit.median)} ({one.rival})" if one.rival else number(one.limit.median)
+
+
 def told(run: Run) -> str:
     about = ", ".join(f"{key} {run.about[key]}" for key in SETTINGS if key in run.about)
     measured = f"{run.about['processes']} processes, up to {run.about['steps']} pairs of steps each"
@@ -152,22 +185,11 @@ def summary(run: Run) -> str:
         ]
         first = rows.get("ours-second_moment")
         memory = DASH if first is None or first.above is None else f"{first.above:+.2f}"
-        others = [best(rows.values(), name) for name in ("second_moment", "norms")]
+        others = [best(run, workload, name) for name in ("second_moment", "norms")]
         lines.append("| " + " | ".join([WORKLOADS[workload].title, *mine, memory, *others]) + " |")
     return "\n".join([*lines, "", told(run)])
 
 
-def best(rows: Iterable[Row], statistic: str) -> str:
-    right = [
-        r
-        for r in rows
-        if r.ratio is not None
-        and r.error is None
-        and r.statistic == statistic
-        and not is_ours(r.contestant)
-        and CONTESTANTS[r.contestant].tolerance is not None
-    ]
-    if not right:
-        return DASH
-    found = min(right, key=lambda r: r.ratio or 0.0)
-    return f"{number(found.ratio)} ({found.title})"
+def best(run: Run, workload: str, statistic: str) -> str:
+    rival, time = bars.best(bars.peers(run.rows, workload, statistic), "time")
+    return DASH if isinstance(time, str) else f"{number(time.median)} ({rival})"

@@ -29,6 +29,21 @@ def test_page_has_a_line_for_every_contestant_ours_first() -> None:
     assert "| B: MLP | norms | 1 | 4 | 2.00, 4.00 | 0.50 | 1.00 |" in table
 
 
+def test_page_ends_with_the_bars() -> None:
+    before, _, bars = page(run()).rpartition("**Bars.** ")
+    assert "| B: MLP |" in before
+    mlp = "| MLP 784-1024-1024-10 | gradstats | second moment |"
+    lacking = "not measured: asks for device cuda, dtype bfloat16, processor H200"
+    for line in (
+        f"{mlp} time | 1.50 | 1.50 | 1.40 to 1.60 | cannot be judged |",
+        f"{mlp} memory | 1.00 | 1.04 | – | does not hold |",
+        f"{mlp} time | below 9.50 (torch.func, all at once) | 1.50 | 1.40 to 1.60 | holds |",
+        f"| GPT-2 small | gradstats | second moment | time | 1.15 | – | – | {lacking} |",
+    ):
+        assert line in bars.splitlines()
+    assert "Bars" not in page(run(quick=True))  # of other shapes
+
+
 def test_summary_names_the_best_of_those_that_are_right() -> None:
     """Neither the wrong one, nor an estimate, nor one of ours."""
     lines = summary(run()).splitlines()
