@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from experiments.benchmarks import bars
-from experiments.benchmarks.contestants import CONTESTANTS, is_ours
+from experiments.benchmarks.contestants import CONTESTANTS, EVERY, is_ours
 from experiments.benchmarks.results import Results, Row, row
 from experiments.benchmarks.scaling import Growth, growths
 from experiments.benchmarks.workloads import WORKLOADS
@@ -24,6 +24,13 @@ SETTINGS = (
     *("device", "dtype", "threads", "processor", "instructions"),
     *("python", "torch", "gradstats", "opacus", "backpack-for-pytorch"),
 )
+COMMAND = "python -m experiments.benchmark --record"
+SUMMARY = {
+    "second moment": "ours-second_moment",
+    f"every {EVERY}th step": "ours-every",
+    "norms": "ours-norms",
+    "all three": "ours-all",
+}
 COLUMNS = ["contestant", "statistic", "time", "quartiles", "ms", "memory", "off"]
 
 
@@ -176,18 +183,16 @@ def page(run: Run) -> str:
 
 def summary(run: Run) -> str:
     """One line a workload: ours, and the best of those that are right."""
-    lines = ["| workload | second moment | norms | all three | memory | best other: second moment | norms |"]
-    lines.append("|" + "---|" * 7)
+    lines = ["| workload | " + " | ".join(SUMMARY) + " | memory | best other: second moment | norms |"]
+    lines.append("|" + "---|" * (len(SUMMARY) + 4))
     for workload in run.workloads:
         rows = {r.contestant: r for r in run.of_workload(workload)}
-        mine = [
-            number(r.ratio) if (r := rows.get(f"ours-{name}")) else DASH for name in ("second_moment", "norms", "all")
-        ]
+        mine = [number(r.ratio) if (r := rows.get(name)) else DASH for name in SUMMARY.values()]
         first = rows.get("ours-second_moment")
         memory = DASH if first is None or first.above is None else f"{first.above:+.2f}"
         others = [best(run, workload, name) for name in ("second_moment", "norms")]
         lines.append("| " + " | ".join([WORKLOADS[workload].title, *mine, memory, *others]) + " |")
-    return "\n".join([*lines, "", told(run)])
+    return "\n".join([*lines, "", f"`{COMMAND}` makes this table. {told(run)}"])
 
 
 def best(run: Run, workload: str, statistic: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
+from experiments import benchmark
 from experiments.benchmarks.report import Run, page, summary
 from experiments.benchmarks.results import Results
-from tests.experiments.benchmarks.synthetic import ABOUT, run
+from tests.experiments.benchmarks.synthetic import ABOUT, made, run
 
 
 def test_page_has_a_line_for_every_contestant_ours_first() -> None:
@@ -47,8 +50,24 @@ def test_page_ends_with_the_bars() -> None:
 def test_summary_names_the_best_of_those_that_are_right() -> None:
     """Neither the wrong one, nor an estimate, nor one of ours."""
     lines = summary(run()).splitlines()
-    row = "| MLP 784-1024-1024-10 | 1.50 | 1.12 | 1.60 | +1.04 | 9.50 (torch.func, all at once) | – |"
+    row = "| MLP 784-1024-1024-10 | 1.50 | – | 1.12 | 1.60 | +1.04 | 9.50 (torch.func, all at once) | – |"
     assert lines[2] == row and "abacus" in lines[-1]
+    assert len({line.count("|") for line in lines[:3]}) == 1
+
+
+def test_summary_has_what_sampled_steps_cost() -> None:
+    sampled = replace(run(), rows=[made("ours-second_moment", 1.5), made("ours-every", 1.07)])
+    header, _, line, *_ = summary(sampled).splitlines()
+    assert header.startswith("| workload | second moment | every 8th step | norms |")
+    assert line.startswith("| MLP 784-1024-1024-10 | 1.50 | 1.07 | – |")
+
+
+def test_summary_shows_the_command_that_makes_it() -> None:
+    """To who reads, not in a comment; and it is one of the benchmark's."""
+    (command,) = re.findall("`(.*?)`", summary(run()))
+    python, m, module, *arguments = command.split()
+    assert (python, m, module) == ("python", "-m", benchmark.__name__)
+    assert benchmark.parser().parse_args(arguments).record is True
 
 
 def test_quick_runs_name_their_own_shapes() -> None:
