@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 import gradstats
 from experiments.atomic import atomic_write
+from gradstats.native import build
 
 PEERS = ("opacus", "backpack-for-pytorch")
 
@@ -24,9 +26,11 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     return {
         "processor": torch.cuda.get_device_name(device) if on_cuda else processor(),
         **instructions,  # of processors of one name, some have wider vectors
+        **compiler(),  # which makes kernels of ours, and so decides ratios
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **versions(["triton"]),
         "gradstats": gradstats.__version__,
     }
 
@@ -39,10 +43,24 @@ def processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+def compiler() -> dict[str, str]:
+    """The first line that it says of itself; nothing where native kernels have none."""
+    command = build.compiler()
+    if command is None:
+        return {}
+    told = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return {"compiler": told[0] if told else Path(command).name}
+
+
 def peers() -> dict[str, str]:
-    """Versions of the libraries to compare with, of those that are installed."""
+    """Libraries to compare with."""
+    return versions(PEERS)
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
     found = {}
-    for name in PEERS:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

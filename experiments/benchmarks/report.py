@@ -21,8 +21,8 @@ LEGEND = (
     "an estimate); gradients are checked too. Who is wrong, or fails, has the reason in place of a time."
 )
 SETTINGS = (
-    *("device", "dtype", "threads", "processor", "instructions"),
-    *("python", "torch", "gradstats", "opacus", "backpack-for-pytorch"),
+    *("device", "dtype", "threads", "processor", "instructions", "compiler"),
+    *("python", "torch", "triton", "gradstats", "opacus", "backpack-for-pytorch"),
 )
 COMMAND = "python -m experiments.benchmark --record"
 SUMMARY = {

@@ -57,6 +57,17 @@ def test_processors_of_other_instructions_are_other_devices(folder: Path) -> Non
         assert f"({figure})" in page and record.RECORD.with_name(figure).exists()
 
 
+def test_a_run_with_another_compiler_takes_the_place_of_an_older_one(folder: Path) -> None:
+    """Which may not have told of any."""
+    for about in ({"processor": "older"}, {"compiler": "g++ 12", "triton": "3.7"}, {"compiler": "g++ 13"}):
+        record.append(run(**about))
+    record.write_pages()
+    page = record.PAGE.read_text()
+    assert [line for line in page.splitlines() if line.startswith("## ")] == ["## abacus, float32"]
+    assert "compiler g++ 13" in page and "g++ 12" not in page and "triton" not in page
+    assert [found.about.get("triton") for found in record.records()] == [None, "3.7", None]
+
+
 def test_without_matplotlib_there_is_no_figure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record.importlib.util, "find_spec", lambda name: None)
     record.append(run())
