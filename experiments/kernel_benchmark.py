@@ -3,8 +3,9 @@
 python -m experiments.kernel_benchmark                           bfloat16, at the sizes of GPT-2 small, B = 32, T = 1024
 python -m experiments.kernel_benchmark --dtype float32 --examples 8 --kernels linear
 
-Baselines: of a Linear, torch's matmul for the gradient alone (cuBLAS); of normalisations and embeddings, torch's own
-backward pass; of a step, torch's fused AdamW, which reads no statistics. All ways to the same take turns, so that a
+Baselines: of a Linear, torch's matmul for the gradient alone (cuBLAS); of its step, forward and backward, the plain
+one; of normalisations and embeddings, torch's own backward pass; of an optimizer's step, torch's fused AdamW, which
+reads no statistics. All ways to the same take turns, so that a
 change of the device's speed meets them alike; a ratio is taken turn by turn. Needs a CUDA device, and says so without.
 """
 
@@ -35,7 +36,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 # Of results that are rounded to the dtype; a sum of squares of contributions that are not has less.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
-KERNELS = ("linear", "normalization", "rows", "adam")
+KERNELS = ("linear", "step", "normalization", "rows", "adam")
 
 # Of GPT-2 small, o x i: attention's and the MLP's two projections each, and the head; the last one also with as many
 # words as the device reads in whole vectors.
@@ -99,6 +100,24 @@ def linear(n: int, t: int, o: int, i: int, dtype: torch.dtype, device: str) -> C
         ways[name] = partial(flat, way)
     ways["an example after the other"] = partial(flat, partial(super(OuterSum, form).direct, NAMES))
     return Case(f"n {n}, t {t}, {o} x {i}", ways, expected)
+
+
+def step(n: int, t: int, o: int, i: int, dtype: torch.dtype, device: str) -> Case:
+    """The same within forward and backward of the layer, two matmuls more of the same size."""
+    inner = linear(n, t, o, i, dtype, device)
+    x, d = (torch.randn(n * t, size, device=device).to(dtype) for size in (i, o))
+    weight = torch.randn(o, i, device=device).to(dtype)
+
+    def within(way: Way) -> Way:
+        def whole() -> Sequence[Tensor]:
+            torch.mm(x, weight.T)
+            torch.mm(d, weight)
+            return way()
+
+        return whole
+
+    ways = {name: within(way) for name, way in inner.ways.items()}
+    return Case(f"a layer's step, {inner.title}", ways, inner.expected)
 
 
 def normalization(n: int, t: int, f: int, centered: bool, dtype: torch.dtype, device: str) -> Case:
@@ -190,9 +209,10 @@ def adam(sizes: Sequence[int], dtype: torch.dtype, device: str) -> Case:
 
 def cases(kernel: str, n: int, t: int, dtype: torch.dtype, device: str) -> Iterator[Callable[[], Case]]:
     """Those of a kernel, each made when it is measured."""
-    if kernel == "linear":
+    if kernel in ("linear", "step"):
+        make = linear if kernel == "linear" else step
         for (o, i), positions in [*itertools.product(LINEAR, [t]), *itertools.product(LINEAR[:4], FEW_POSITIONS)]:
-            yield partial(linear, n, positions, o, i, dtype, device)
+            yield partial(make, n, positions, o, i, dtype, device)
     elif kernel == "normalization":
         for centered in (True, False):
             yield partial(normalization, n, t, WIDTH, centered, dtype, device)

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from experiments import kernel_benchmark
-from experiments.kernel_benchmark import Case, adam, cases, linear, measure, normalization, rows
+from experiments.kernel_benchmark import Case, adam, cases, linear, measure, normalization, rows, step
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL: dict[str, list[Callable[[], Case]]] = {
     "linear": [lambda: linear(2, 3, 17, 20, torch.float32, DEVICE)],
+    "step": [lambda: step(2, 3, 17, 20, torch.float32, DEVICE)],
     "normalization": [lambda c=c: normalization(2, 3, 8, c, torch.float32, DEVICE) for c in (True, False)],
     "rows": [lambda: rows(2, 5, 7, 6, torch.float32, DEVICE)],
     "adam": [lambda: adam((5, 1, 40), torch.float32, DEVICE)],
@@ -51,6 +52,7 @@ def test_every_way_is_right(kernel: str, make: Callable[[], Case]) -> None:
 def test_cases_are_of_gpt2() -> None:
     assert {kernel: len(list(cases(kernel, 1, 1, torch.float32, "meta"))) for kernel in kernel_benchmark.KERNELS} == {
         "linear": 14,
+        "step": 14,
         "normalization": 2,
         "rows": 1,
         "adam": 1,
