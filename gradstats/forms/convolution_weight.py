@@ -5,7 +5,8 @@
     unfolded  outer sums c_b = sum_t d_bt u_bt^T over positions t, where u (n, t, i k) are the windows of the input that
               the kernel sees: few positions, large weights
 
-The transposed convolution has x and d change places. Index letters: k position in the kernel.
+An outer sum for every k, of d and the shifted x, needs no windows, and was never the fastest: on the CPU it took 1.1 to
+6 times the best of these on eight shapes with 3 to 512 channels, strides and kernels of 1 included. The transposed convolution has x and d change places. Index letters: k position in the kernel.
 """
 
 from __future__ import annotations
