@@ -11,10 +11,13 @@ computed so: theirs is an error of three of these at most, and where terms cance
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
-from gradstats.choice import fastest
+from gradstats.choice import fastest, unmeasured
 
 # The largest relative error of a sum of positive terms: both factors and the result are rounded.
 ROUNDING = {torch.bfloat16: 3 * 2.0**-8}
@@ -22,10 +25,12 @@ ROUNDING = {torch.bfloat16: 3 * 2.0**-8}
 # Names of the instructions among torch.cpu.get_capabilities(); without them bfloat16 is slower than float32.
 BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 
+_forced = False
+
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """a (..., m, k) times b (..., k, n), with factors in `dtype` if the device multiplies them faster; in a's dtype."""
-    if dtype is not None and supports(a.device, dtype):
+    if dtype is not None and rounds(a.device, dtype):
         return rounded(a.to(dtype), b.to(dtype)).to(a.dtype)
     measurable = a.device.type == "cpu" and a.dtype == torch.float32 and a.dim() == 2
     # A compiler would make the key a part of the graph, and compile it once for every batch size.
@@ -33,6 +38,24 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         key = ("product", a.shape[0], b.shape[1], a.shape[1].bit_length())
         return fastest(key, {"blas": lambda: a @ b, "onednn": lambda: by_convolution(a, b)})
     return a @ b
+
+
+@contextmanager
+def forced() -> Iterator[None]:
+    """Inside, all that may be rounded is: by a device without instructions too, which is slow and differs from one with
+    them in the order of addition only; and where an exact way would be as fast. To see what rounding does."""
+    global _forced
+    before, _forced = _forced, True
+    try:
+        with unmeasured():
+            yield
+    finally:
+        _forced = before
+
+
+def rounds(device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether products that may be computed in a dtype are."""
+    return dtype is not None and (_forced or supports(device, dtype))
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> bool:

@@ -12,7 +12,7 @@ from gradstats import kernels
 from gradstats.choice import fastest
 from gradstats.contribution import BLOCK, CACHED, Contribution, tiles
 from gradstats.forms.streamed import Streamed
-from gradstats.matmul import product
+from gradstats.matmul import product, rounds
 from gradstats.native import outer_sum
 from gradstats.sums import OF_SQUARES, Reduction, wide
 
@@ -63,7 +63,7 @@ class Outer(Contribution):
         if not outer_sum.serves(d, a):
             return super().sums(names)
         ways = {"native": partial(outer_sum.sums, d, a, squares)}
-        if self.statistics_dtype is not None:  # the error that was asked for, unless being exact is faster
+        if rounds(self.device, self.statistics_dtype):  # the error that was asked for, unless being exact is faster
             ways = {"products": partial(super().sums, squares)} | ways
         key = ("Outer", self.dtype, self.statistics_dtype, *self.shape, self.count.bit_length())
         gradient, found = fastest(key, ways)

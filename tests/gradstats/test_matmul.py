@@ -9,13 +9,17 @@ from torch import nn
 
 import gradstats
 from gradstats import GradstatsError, VerificationError, choice, matmul
-from gradstats.forms.outer import Outer, OuterSum
+from gradstats.forms.outer import FEW, Outer, OuterSum
+from gradstats.native import build
 from tests import oracle
 
 NAMES = ("second_moment", "variance", "norms", "abs_mean", "sign_mean", "gram")
-needs_bfloat16 = pytest.mark.skipif(
-    not matmul.supports(torch.device("cpu"), torch.bfloat16), reason="statistics are exact on this processor"
-)
+
+
+@pytest.fixture
+def instructions(monkeypatch):
+    """The processor is said to have them. torch multiplies on any, with sums in float32; with them it is faster."""
+    monkeypatch.setattr(matmul, "_cpu_multiplies_bfloat16", True)
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def relative(a, b):
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("instructions")
 def test_only_statistics_change(problem):
     model, loss, x, y = problem
     reduced, plain = copy.deepcopy(model), copy.deepcopy(model)
@@ -54,7 +58,7 @@ def test_only_statistics_change(problem):
         assert torch.equal(stats.read(name)["0.weight"], exact_stats.read(name)["0.weight"])
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("instructions")
 def test_verify_reports_the_error(problem):
     result = gradstats.verify(*problem, statistics_dtype=torch.bfloat16)
     assert 5e-4 < result.worst.error < result.tolerance < 1.2e-2 and result.worst.parameter.endswith("weight")
@@ -84,7 +88,7 @@ def test_signs_are_counted_exactly():
 ABOVE_HALF = 1 + 2.0**-8 + 2.0**-16
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("instructions")
 def test_the_bound_of_a_sum_is_nearly_reached():
     """Both factors are rounded up by as much as can be, and so is the sum of 2025 such matmul."""
     d, a = (torch.full((2025, 1), ABOVE_HALF**0.5) for _ in range(2))
@@ -95,7 +99,7 @@ def test_the_bound_of_a_sum_is_nearly_reached():
     assert 0.95 * matmul.ROUNDING[torch.bfloat16] < error <= matmul.ROUNDING[torch.bfloat16]
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("instructions")
 def test_verify_permits_what_a_variance_of_few_examples_may_be_off_by():
     """Two examples, opposite to each other: s2 = 2 q. Their products are rounded up three times, if not by the most."""
     d, a = (torch.tensor(1 + k * 2.0**-7 - 2.0**-8 + 2.0**-16, dtype=torch.float64).sqrt() for k in (8, 9))
@@ -108,7 +112,7 @@ def test_verify_permits_what_a_variance_of_few_examples_may_be_off_by():
     assert result.tolerance == pytest.approx(2 * matmul.ROUNDING[torch.bfloat16], rel=1e-4)
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("scale", [1e-17, 1e17])
 def test_range_is_that_of_float32(scale):
     d, a = torch.randn(32, 8) * scale, torch.randn(32, 9) / 100
@@ -118,7 +122,7 @@ def test_range_is_that_of_float32(scale):
     assert relative(contribution.closed(["sum_of_squares"])["sum_of_squares"], expected) < 2.0**-7
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_passes_through(value):
     d, a = torch.randn(4, 3), torch.rand(4, 5) + 1
@@ -129,7 +133,7 @@ def test_what_is_not_finite_passes_through(value):
     assert not found[2].isfinite().any() and found[:2].isfinite().all()
 
 
-@needs_bfloat16
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "names", [("second_moment",), ("second_moment", "gram")], ids=["in the graph", "by an operator"]
@@ -150,6 +154,26 @@ def test_compiled(problem, names):
 def test_a_device_without_instructions_is_exact(problem, monkeypatch):
     monkeypatch.setattr(matmul, "_cpu_multiplies_bfloat16", False)
     assert gradstats.verify(*problem, statistics_dtype=torch.bfloat16).worst.error < 1e-12
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("has", [False, True])
+def test_forced_without_instructions(has, monkeypatch):
+    """Where the exact way would be the faster one too: with as many numbers, a kernel is tried otherwise."""
+    monkeypatch.setattr(matmul, "_cpu_multiplies_bfloat16", has)
+    monkeypatch.setattr(choice, "_measured", lambda ways: [*ways][-1])
+    monkeypatch.setattr(choice, "_chosen", {})
+    contribution = Outer(torch.randn(128, 128), torch.randn(128, 128))
+    contribution.statistics_dtype = torch.bfloat16
+    assert contribution.count * contribution.shape[0] * contribution.shape[1] > FEW
+    expected = contribution.d.double().square().T @ contribution.a.double().square()
+
+    def error():
+        return relative(contribution.sums(["sum_of_squares"])[1]["sum_of_squares"], expected)
+
+    with matmul.forced():
+        assert 1e-4 < error() < matmul.ROUNDING[torch.bfloat16]
+    assert error() < 1e-6
 
 
 @pytest.mark.parametrize("options", [{"statistics_dtype": torch.float16}, {"engine": "vmap"}, {"engine": "microbatch"}])
