@@ -3,10 +3,13 @@
     product(a, b)                    as exact as the gradient, by the fastest library at hand
     product(a, b, torch.bfloat16)    a and b rounded to bfloat16, the sum over k in float32
 
-attach(model, statistics_dtype=torch.bfloat16) asks for the second. bfloat16 has the exponents of float32, so nothing
-has to be scaled against underflow: squares are formed in float32, and what it can hold, bfloat16 can. A factor is off
-by 2^-8 of itself at most, and so is the result where the device rounds it too. Only sums of positive terms are to be
-computed so: theirs is an error of three of these at most, and where terms cancel, there is no bound.
+attach(model, statistics_dtype=torch.bfloat16) asks for the second, and gets it where the device has instructions for
+it. A factor is off by 2^-8 of itself at most, and so is the result where the device rounds it too. Only sums of
+positive terms are to be computed so: theirs is an error of three of these at most, and where terms cancel, there is no
+bound.
+
+bfloat16 has the exponents of float32, but half as many of them are left for squares, and what is below them may be
+flushed to zero: `matched` takes d and a to one magnitude first.
 """
 
 from __future__ import annotations
@@ -65,6 +68,18 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type == "cpu":
         return _cpu_multiplies_bfloat16
     return True
+
+
+def matched(d: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """d 2^k and a 2^-k, whose largest entries are within a factor of four of each other: products d a are the same, and
+    squares of both are within float32 as long as those of the products are. Nothing has to be undone."""
+    if not d.numel() or not a.numel():
+        return d, a
+    limits = (torch.aminmax(x) for x in (d, a))
+    of_d, of_a = (torch.frexp(torch.maximum(-least, most)) for least, most in limits)  # the host need not know
+    k = ((of_a.exponent - of_d.exponent) // 2).clamp(-126, 126)  # of which 2^k and 2^-k are normal numbers
+    one = torch.ones_like(of_d.mantissa)
+    return d * torch.ldexp(one, k), a * torch.ldexp(one, -k)
 
 
 def rounded(a: Tensor, b: Tensor) -> Tensor:

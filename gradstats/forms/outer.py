@@ -12,7 +12,7 @@ from gradstats import kernels
 from gradstats.choice import fastest
 from gradstats.contribution import BLOCK, CACHED, Contribution, tiles
 from gradstats.forms.streamed import Streamed
-from gradstats.matmul import product, rounds
+from gradstats.matmul import matched, product, rounds
 from gradstats.native import outer_sum
 from gradstats.sums import OF_SQUARES, Reduction, wide
 
@@ -73,7 +73,9 @@ class Outer(Contribution):
         d, a, found = wide(self.d), wide(self.a), {}
         for name, f in MULTIPLICATIVE.items():
             if name in names:
-                found[name] = product(f(d).T, f(a), self.statistics_dtype if name in POSITIVE else None)
+                dtype = self.statistics_dtype if name in POSITIVE else None
+                left, right = matched(d, a) if rounds(self.device, dtype) else (d, a)
+                found[name] = product(f(left).T, f(right), dtype)
         if "squared_norms" in names:
             found["squared_norms"] = d.square().sum(1) * a.square().sum(1)
         if "gram" in names:

@@ -123,6 +123,36 @@ def test_range_is_that_of_float32(scale):
 
 
 @pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("scale", [1e-21, 1e21, 1e-37, 1e37])
+def test_squares_that_float32_cannot_hold(scale):
+    """Of either factor, where the products are of ordinary size."""
+    d, a = (torch.randn(32, 8) + 3) * scale, (torch.randn(32, 9) + 3) / scale
+    expected = (d.double().square().T @ a.double().square()).float()
+    for left, right, q in ((d, a, expected), (a, d, expected.T)):
+        contribution = Outer(left, right)
+        contribution.statistics_dtype = torch.bfloat16
+        found = contribution.closed(["sum_of_squares"])["sum_of_squares"]
+        torch.testing.assert_close(found, q, rtol=matmul.ROUNDING[torch.bfloat16], atol=0)
+
+
+@pytest.mark.parametrize("scale", [2.0**-140, 1e-30, 1.0, 1e30])
+def test_matched_factors_have_the_same_products(scale):
+    d, a = torch.randn(5, 3) * scale, torch.randn(5, 4)
+    left, right = matmul.matched(d, a)
+    assert torch.equal(left.unsqueeze(2) * right.unsqueeze(1), d.unsqueeze(2) * a.unsqueeze(1))
+    assert 1 / 4 < left.abs().max() / right.abs().max() < 4
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize(("d", "a"), [((3, 2), (3, 4)), ((0, 2), (0, 4)), ((3, 0), (3, 4))])
+def test_what_is_zero_or_empty_stays_so(d, a):
+    contribution = Outer(torch.zeros(d), torch.ones(a))
+    contribution.statistics_dtype = torch.bfloat16
+    found = contribution.closed(["sum_of_squares"])["sum_of_squares"]
+    assert torch.equal(found, torch.zeros(d[1], a[1]))
+
+
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_passes_through(value):
     d, a = torch.randn(4, 3), torch.rand(4, 5) + 1
