@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from experiments.benchmarks.peers import BackPACK, Func, Ghost, Loop, Microbatches, Opacus
-from experiments.benchmarks.stepper import ALL, Attached, Micro, Plain, Signs, Stepper
+from experiments.benchmarks.stepper import ALL, Attached, Micro, Plain, Rounded, Signs, Stepper
 from experiments.benchmarks.workloads import Problem
+from gradstats.matmul import ROUNDING
 
 EVERY = 8  # often enough for averages over hundreds of steps, seldom enough that little of the price is left
 FRACTION = 1 / 8  # as many examples as every 8th step gathers
@@ -20,6 +21,7 @@ ROWS = 16  # gradients of a model that fit where those of a batch do not
 EXACT = 1e-6  # relative error in float64, far above rounding and far below what a forgotten term makes
 SINGLE = 1e-3  # the same in float32
 ROUNDED = 5e-2  # the same of bfloat16, which has three digits, through a dozen layers
+VISIBLE = 1e-4  # what has rounded anything to bfloat16 is off by more, and what is exact in float32 by less
 # One model of each kind, for those whose price is told by a few: what costs about as much as another one, or hours.
 FEW = ("mlp", "resnet18", "gpt")
 
@@ -28,14 +30,16 @@ Make = Callable[[Problem], Stepper]
 
 @dataclass(frozen=True)
 class Contestant:
-    """`tolerance`: the relative error up to which its statistic counts as correct, None for an estimate; `cycle`: steps
-    that repeat, and so are timed as one; `baseline`: what its time is divided by; `only`: workloads, unless the
-    contestant is named; `double`: whether it can be checked in float64."""
+    """`tolerance`: the relative error up to which its statistic counts as correct, None for an estimate; `at_least`:
+    below which it is not what its title says; `cycle`: steps that repeat, and so are timed as one; `baseline`: what its
+    time is divided by; `only`: workloads, unless the contestant is named; `double`: whether it is checked in float64.
+    """
 
     title: str
     statistic: str  # "" for none
     make: Make
     tolerance: float | None = EXACT
+    at_least: float = 0.0
     cycle: int = 1
     baseline: Make = Plain
     only: tuple[str, ...] = ()
@@ -76,7 +80,15 @@ CONTESTANTS = {
     "ours-norms": ours("gradstats", "norms"),
     "ours-variance": few(ours("gradstats", "variance")),
     "ours-all": ours("gradstats", "all"),
-    "ours-bf16": few(ours("gradstats, statistics in bf16", statistics_dtype=torch.bfloat16), tolerance=ROUNDED),
+    "ours-bf16": Contestant(
+        "gradstats, statistics in bf16",
+        "second_moment",
+        Rounded,
+        tolerance=ROUNDING[torch.bfloat16],
+        at_least=VISIBLE,
+        only=("mlp",),  # the layers that have such matmuls: Linear, without positions
+        double=False,
+    ),
     "ours-every": few(ours(f"gradstats, every {EVERY}th step", every=EVERY), cycle=EVERY),
     "ours-fraction": few(
         ours(f"gradstats, 1/{round(1 / FRACTION)} of the examples", fraction=FRACTION), tolerance=None

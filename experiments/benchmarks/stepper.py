@@ -18,6 +18,7 @@ from torch import Tensor
 
 import gradstats
 from experiments.benchmarks.workloads import Problem
+from gradstats import matmul
 from gradstats.engines.fused import FusedHandle
 
 Found = dict[str, dict[str, Tensor]]  # by statistic, then by parameter; of the whole gradient under TOTAL
@@ -106,6 +107,24 @@ class Attached(Stepper):
 
     def statistics(self) -> Found:
         return {name: self.read(name) for name in self.names}
+
+
+class Rounded(Attached):
+    """Statistics in bfloat16, even where being exact is as fast. Raises: NotImplementedError where attach would have
+    them exact, for want of instructions."""
+
+    def __init__(self, problem: Problem) -> None:
+        refuse_without_instructions(problem.x.device)
+        super().__init__(problem, "second_moment", statistics_dtype=torch.bfloat16)
+
+    def backward(self) -> None:
+        with matmul.forced():
+            super().backward()
+
+
+def refuse_without_instructions(device: torch.device) -> None:
+    if not matmul.supports(device, torch.bfloat16):
+        raise NotImplementedError(f"no bfloat16 instructions on this {'GPU' if device.type == 'cuda' else 'processor'}")
 
 
 class Micro(Attached):

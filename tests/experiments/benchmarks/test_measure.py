@@ -15,15 +15,16 @@ from experiments.benchmarks import measure
 from experiments.benchmarks.contestants import CONTESTANTS, Contestant
 from experiments.benchmarks.measure import check, error, peak_memory, time_steps
 from experiments.benchmarks.peers import Loop
-from experiments.benchmarks.stepper import Plain, Stepper
+from experiments.benchmarks.stepper import Plain, Stepper, refuse_without_instructions
 from experiments.benchmarks.workloads import WORKLOADS, Problem, Settings
+from gradstats import matmul
 
 COMPILED = [name for name in CONTESTANTS if name.endswith("compiled")]
 # Their layers are not BackPACK's, and ghost clipping has no tied parameters.
 UNABLE = {"gpt": ("backpack-",), "tied_head": ("backpack-", "opacus-ghost"), "vit": ("backpack-",)}
 
 
-@pytest.mark.parametrize("contestant", [name for name in CONTESTANTS if name not in COMPILED])
+@pytest.mark.parametrize("contestant", [name for name in CONTESTANTS if name not in (*COMPILED, "ours-bf16")])
 @pytest.mark.parametrize("workload", ["mlp", "gpt", "tied_head", "vit"])
 @pytest.mark.filterwarnings("ignore")  # of other libraries, as in a process of its own
 def test_contestants_are_right_where_they_can_be(workload: str, contestant: str, settings: Settings) -> None:
@@ -38,6 +39,27 @@ def test_contestants_are_right_where_they_can_be(workload: str, contestant: str,
     assert found["gradient_error"] < 1e-5
     if CONTESTANTS[contestant].tolerance == 1e-3:
         assert found["statistic_error"] < 1e-5
+
+
+@pytest.mark.parametrize("workload", ["mlp", "vit"])
+def test_rounding_is_shown(workload: str, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of squares that are added up over examples in bfloat16; the gradient's are not."""
+    monkeypatch.setattr(matmul, "_cpu_multiplies_bfloat16", True)
+    found = check(workload, "ours-bf16", settings)
+    assert 1e-3 < found["statistic_error"] < matmul.ROUNDING[torch.bfloat16]
+    assert found["gradient_error"] < 1e-5
+
+
+def test_what_would_be_exact_is_no_row_of_bfloat16(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_cpu_multiplies_bfloat16", True)
+    assert check("gpt", "ours-bf16", settings) == {"error": "no layer has a matmul that it rounds"}
+    monkeypatch.setattr(matmul, "_cpu_multiplies_bfloat16", False)
+    for function, arguments in ((check, ()), (time_steps, (1, 1.0)), (peak_memory, ())):
+        with pytest.raises(NotImplementedError, match="^no bfloat16 instructions on this processor$"):
+            function("mlp", "ours-bf16", settings, *arguments)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    with pytest.raises(NotImplementedError, match="^no bfloat16 instructions on this GPU$"):
+        refuse_without_instructions(torch.device("cuda"))
 
 
 class Off(Loop):
