@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import sqrt
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from experiments.schemas.optimizer import (
     VarianceAdaptedSGDConfig,
 )
 from experiments.schemas.run import EngineConfig, StatisticsDtype
-from gradstats import optim
+from gradstats import matmul, optim
 from gradstats.errors import GradstatsError
 from gradstats.optim.base import ExampleOptimizer
 
@@ -198,12 +198,21 @@ def attach_statistics(
         engine=engine.name,
         granularity=engine.granularity if microbatch_size is None else "microbatch",
         microbatch_size=microbatch_size,
-        statistics_dtype=torch.bfloat16 if engine.statistics_dtype is StatisticsDtype.bfloat16 else None,
+        statistics_dtype=None if engine.statistics_dtype is StatisticsDtype.exact else torch.bfloat16,
         every=engine.every,
         fraction=engine.fraction,
         probes=engine.probes,
         generator=generator if draws else None,
     )
+
+
+def rounding(engine: EngineConfig, device: torch.device) -> Literal["hardware", "emulated"] | None:
+    """What rounds matmuls of statistics, None where all are exact."""
+    if engine.statistics_dtype is StatisticsDtype.exact:
+        return None
+    if matmul.supports(device, torch.bfloat16):
+        return "hardware"
+    return "emulated" if engine.statistics_dtype is StatisticsDtype.emulated else None
 
 
 def backpropagate(losses: Tensor, examples: int, statistics: gradstats.Handle | None) -> Tensor:

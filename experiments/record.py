@@ -21,8 +21,8 @@ class Record:
 
     lr is the one at the batch size of tuning, before any scaling rule; seconds is the time spent in training,
     evaluation included, and processor_seconds that of all threads of this process, in which what else the machine does
-    hardly shows (None of a run that began before it was counted); fingerprint identifies everything in the
-    configuration that decides the numbers.
+    hardly shows (None of a run that began before it was counted); rounding: what rounds matmuls of statistics to
+    bfloat16 (None: nothing does); fingerprint identifies everything in the configuration that decides the numbers.
     """
 
     method: str
@@ -38,6 +38,7 @@ class Record:
     test_accuracy: list[float] = field(default_factory=list)
     seconds: float = 0.0
     processor_seconds: float | None = None
+    rounding: Literal["hardware", "emulated"] | None = None
 
     @property
     def final_train_loss(self) -> float:

@@ -35,14 +35,23 @@ from experiments.history import History, NoHistory
 from experiments.measurements import Measurements
 from experiments.models import build_model
 from experiments.models.dropout import share_draws
-from experiments.optimizers import RANDOM_SIGN, attach_statistics, backpropagate, build_optimizer, step_lr, stepper
+from experiments.optimizers import (
+    RANDOM_SIGN,
+    attach_statistics,
+    backpropagate,
+    build_optimizer,
+    rounding,
+    step_lr,
+    stepper,
+)
 from experiments.progress import Notify, progress_bar, silent
 from experiments.record import Record
 from experiments.resume import previous_run, restore, save
 from experiments.sampler import Draws, Sampler
 from experiments.schedule import budget, evaluation_counts, every, learning_rate_schedule
-from experiments.schemas.run import Config, Device
+from experiments.schemas.run import Config, Device, StatisticsDtype
 from experiments.tracker import Tracker, Value, how_to_look, open_tracker, summarized
+from gradstats import matmul
 from gradstats.optim.base import ExampleOptimizer
 
 EVALUATION_TARGETS = 4096  # at once: sequences are as many examples fewer as they are long
@@ -99,10 +108,12 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
     forward = torch.compile(together) if config.hardware.compile else together
     weight = process.weight(B)
     reduction = "none" if config.engine.name == RANDOM_SIGN else "mean"
+    rounds = matmul.forced() if config.engine.statistics_dtype is StatisticsDtype.emulated else nullcontext()
     precision = torch.autocast(device.type, torch.bfloat16) if config.hardware.bf16 else nullcontext()
 
     parts = {"model": model, "optimizer": optimizer, "sampler": sampler, "draws": draws, "measurements": measurements}
     result, run_id = restore(config, directory, parts, device, process)
+    result.rounding = None if statistics is None else rounding(config.engine, device)
     if config.hardware.compile and statistics is not None:
         # Before anything is compiled: torch is to meet the layers as the probe leaves them.
         statistics.probe(data.train.take(torch.arange(B, device=data.train.x.device))[0].to(device))
@@ -110,6 +121,7 @@ def train(config: Config, directory: Path, notify: Notify = silent, process: Pro
         stops = [stop for stop in stops if stop > sampler.position]
 
     with (
+        rounds,
         open_tracker(config, directory, run_id) if process.first else Tracker() as tracker,
         summarized(tracker, result, lambda: step_lr(optimizer, config.optimizer, peak_lr, B)),
         History(config, directory, device, sampler.position) if process.first else NoHistory() as history,

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from experiments.contest.analysis import Contest
 from experiments.contest.plan import ContestStudy
 from experiments.estimate import Finding, notes
+from experiments.jobs import Result
 from experiments.laboratory.schemas import ContestConfig
+from experiments.schemas.run import StatisticsDtype
+from experiments.study import Outcome
 
 EXACT = "exact"
 CLOSE = 1.05  # of the loss of the exact one
+ROUNDING = {
+    "hardware": "the processor's own instructions round to bfloat16",
+    "emulated": (
+        "rounded to bfloat16 as hardware does, up to the order of addition, by a processor without instructions for "
+        "it: of its price in seconds this says nothing"
+    ),
+    None: "nothing is rounded, since the processor has no instructions for it: this says nothing of bfloat16",
+}
 
 
 class Estimators(ContestStudy[ContestConfig]):
@@ -23,6 +36,16 @@ class Estimators(ContestStudy[ContestConfig]):
 
     def required(self) -> Sequence[str]:
         return (EXACT,)
+
+    def outcome(self, results: Sequence[Result]) -> Outcome:
+        found = super().outcome(results)
+        return replace(found, findings=[*found.findings, *notes(self._roundings(results))])
+
+    def _roundings(self, results: Sequence[Result]) -> list[str]:
+        """Of those that ask for it: what rounded."""
+        asked = {k for k, one in self.contestants().items() if one.engine.statistics_dtype is not StatisticsDtype.exact}
+        runs = Counter((r.coordinates["contestant"], r.found.rounding) for r in results)
+        return [f"{k}, {n} runs: {ROUNDING[by]}." for (k, by), n in runs.items() if k in asked]
 
     def findings(self, found: Contest) -> list[Finding]:
         sizes = found.settings.batch_sizes

@@ -29,6 +29,7 @@ class Decay(StrEnum):
 class StatisticsDtype(StrEnum):
     exact = "exact"
     bfloat16 = "bfloat16"
+    emulated = "emulated"
 
 
 class TrackerMode(StrEnum):

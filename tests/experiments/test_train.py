@@ -24,8 +24,9 @@ from experiments.data import load_data
 from experiments.errors import Diverged
 from experiments.record import Record
 from experiments.sampler import Sampler
-from experiments.schemas.run import Config
+from experiments.schemas.run import Config, StatisticsDtype
 from experiments.train import train
+from gradstats import matmul
 from tests.experiments.runs import COMPILES, METHODS, numbers, parameters
 
 Compose = Callable[..., Config]
@@ -55,6 +56,24 @@ def test_a_record_says_what_was_run(short: Compose, tmp_path: Path) -> None:
     assert result.train_loss[0] == pytest.approx(2.3, abs=0.1)  # ln 10: the initial model knows nothing
     assert result.train_loss[-1] < 0.6 and result.test_accuracy[-1] > 0.85
     assert set(result.examples) <= {examples for examples, _ in seen} and {total for _, total in seen} == {2816}
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_rounding_is_real_on_any_processor(
+    has: bool, short: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of squares alone: without an optimizer that reads them, nothing is rounded."""
+    monkeypatch.setattr(matmul, "_cpu_multiplies_bfloat16", has)
+    found = {
+        dtype: train(short("optimizer=batch_invariant_adam_r4", f"engine.statistics_dtype={dtype}"), tmp_path / dtype)
+        for dtype in StatisticsDtype
+    }
+    exact, bfloat16, emulated = (found[dtype].train_loss for dtype in StatisticsDtype)
+    assert emulated[0] == exact[0] and emulated[-1] != exact[-1] and emulated == pytest.approx(exact, rel=0.05)
+    assert bfloat16 == (emulated if has else exact)
+    by = ["hardware", "hardware"] if has else [None, "emulated"]
+    assert [found[dtype].rounding for dtype in StatisticsDtype] == [None, *by]
+    assert train(short("optimizer=adam", "engine.statistics_dtype=emulated"), tmp_path / "adam").rounding is None
 
 
 def test_batch_sizes_share_evaluations_and_initial_model(short: Compose, tmp_path: Path) -> None:

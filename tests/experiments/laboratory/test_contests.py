@@ -72,6 +72,21 @@ def test_estimators():
     assert {finding.verdict for finding in bad} == {"does not hold"} and "2.0" in bad[0].sentence
 
 
+@pytest.mark.parametrize(
+    ("rounding", "told"),
+    [("hardware", "own instructions round"), ("emulated", "without instructions"), (None, "nothing is rounded")],
+)
+def test_estimators_say_what_rounded(rounding, told):
+    study = settings("estimators")
+    made = results(study, lambda label, B: 0.1)
+    for result in made:
+        if result.coordinates["contestant"] == "bfloat16":
+            result.found.rounding = rounding
+    sentences = [finding.sentence for finding in laboratory.load(study).outcome(made).findings]
+    said = [sentence for sentence in sentences if "round" in sentence]
+    assert len(said) == 1 and told in said[0] and said[0].startswith("bfloat16, 50 runs: ")
+
+
 def test_horizons():
     loss = {horizons.EWMA: 0.2, horizons.MEAN: 0.3}
 
