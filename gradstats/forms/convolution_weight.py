@@ -6,7 +6,9 @@
               the kernel sees: few positions, large weights
 
 An outer sum for every k, of d and the shifted x, needs no windows, and was never the fastest: on the CPU it took 1.1 to
-6 times the best of these on eight shapes with 3 to 512 channels, strides and kernels of 1 included. The transposed convolution has x and d change places. Index letters: k position in the kernel.
+6 times the best of these, on eight shapes with 3 to 512 channels, strides, and kernels of one position.
+
+The transposed convolution has x and d change places. Index letters: k position in the kernel.
 """
 
 from __future__ import annotations
