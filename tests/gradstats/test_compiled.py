@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._pytree import tree_leaves
 
 import gradstats
@@ -159,6 +161,31 @@ def test_a_new_batch_size_compiles_at_most_once_more(name, dtype, error):
     backend = Counting("aot_eager")
     assert max(errors_by_size(PROBLEMS[name], dtype, backend)) <= error
     assert backend.graphs <= 2
+
+
+def nodes(problem, n):
+    """Names of the operators of the one graph's forward and backward pass over n examples, of which it is made anew."""
+    found = []
+
+    def traced(graph, inputs):
+        found.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    it, (x, y) = attached(problem.make()), problem.batch(n)
+    it.stats.probe(x)
+    call = torch.compile(it.model, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=traced))
+    F.cross_entropy(call(x).flatten(0, -2), y.flatten()).backward()
+    assert len(found) == 2 and it.stats.batch_size == n
+    return found
+
+
+@pytest.mark.parametrize(("name", "loops"), [("mlp", 0), ("gpt", 2 + 2 * 4 + 1), ("convolutions", 2)])
+def test_no_graph_breaks_and_a_graph_that_does_not_grow_with_the_batch(name, loops):
+    """Loops over examples are an operator each: of embeddings, weights of Linear with positions, and convolutions."""
+    few, many = (nodes(PROBLEMS[name], n) for n in (4, 64))
+    assert [len(graph) for graph in few] == [len(graph) for graph in many]
+    assert many[1].count("gradstats.sums.default") == loops
 
 
 @pytest.mark.slow
