@@ -3,19 +3,31 @@
 The parameters stay where they are. The gradients of all training examples are a population with exact mean mu and
 variance sigma^2 of every element; batches are drawn from it with replacement, and the optimizer's own equations
 average them. The error is that of ln s against ln(mu^2 + sigma^2/R), since Adam divides by the root of s.
+
+python -m experiments.estimation_error --document docs/optimizers.md     seconds; the error of random signs in one batch
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 import gradstats
+from experiments.benchmarks.machine import machine
+from experiments.config import compose_config
+from experiments.data import load_data
+from experiments.documents import Table, fill_document, markdown
+from experiments.errors import command_line
+from experiments.models import build_model
 from gradstats.optim import BatchInvariantAdam
 from gradstats.optim.adam import AdamUpdate
 from gradstats.optim.moment import ESTIMATORS
@@ -143,3 +155,65 @@ def errors(
                 )
             )
     return found
+
+
+# Engine "random_sign", of one batch
+
+
+def sign_error(model: nn.Module, x: Tensor, y: Tensor, probes: int, draws: int) -> tuple[float, float]:
+    """||q^ - q|| / ||q|| of the second moment, root mean square over `draws` of the signs; and as contrasts.py has it,
+    by the deviations d (B, P) of the examples."""
+    g = population("", model, x, y).gradients
+    d = (g - g.mean(0)) / math.sqrt(len(g))  # q is D^ of these, and what does not vary
+    q = g.square().mean(0)
+    n = 2 ** (len(g) - 1).bit_length()
+    of_one = ((n * n - 3 * n + 3) * d.square().sum(0) ** 2 - n * (n - 1) * d.pow(4).sum(0)) * 2 / (n * (n - 3))
+    variance = of_one * (n - 1 - probes) / (probes * (n - 2))
+    exact = gradstats.compute(model, F.cross_entropy, x, y).second_moment
+    squares = 0.0
+    with gradstats.attach(model, engine="random_sign", probes=probes) as stats:
+        for _ in range(draws):
+            model.zero_grad()
+            stats.backward(F.cross_entropy(model(x), y, reduction="none"))
+            squares += sum(float((stats.second_moment[name] - exact[name]).square().sum()) for name in exact)
+    model.zero_grad()
+    norm = float(q.square().sum())
+    return math.sqrt(squares / draws / norm), math.sqrt(float(variance.sum()) / norm)
+
+
+def sign_table(batch_size: int, probes: Sequence[int], draws: int) -> Table:
+    config = compose_config(["tracker=none", "directory=none"])
+    data = load_data(config.data, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = build_model(config.model, data.shape, data.classes).eval()
+    x, y = data.train.x[:batch_size], data.train.y[:batch_size]
+    rows = []
+    for k in probes:
+        measured, expected = sign_error(model, x, y, k, draws)
+        rows.append([str(k), f"{measured:.3f}", f"{expected:.3f}"])
+    about = (
+        f"||q^ - q|| / ||q|| of the second moment of one batch of the digits, B = {batch_size}, at the initial "
+        f"parameters; root mean square over {draws} draws of the signs."
+    )
+    columns = ["probes k", "measured", "by the formula"]
+    return Table("The relative error of random signs", about, columns, [list(row) for row in rows], ())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--probes", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--draws", type=int, default=256)
+    parser.add_argument("--document", type=Path, help="a file to write the table into, between its markers")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with command_line("interrupted: nothing was written"):
+        written = sign_table(arguments.batch_size, arguments.probes, arguments.draws)
+        Console().print(written.rich())
+        if arguments.document is not None:
+            about = ", ".join(f"{key} {value}" for key, value in machine(1).items())
+            fill_document(arguments.document, "random_sign", f"{markdown(written)}\n\n{about}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -65,6 +65,7 @@ SHORTENED = {
     "python -m experiments.optimizer_benchmark": ["--parameters", "1e4", "--shapes", "mlp", "--steps", "2"],
     "python -m experiments.faults": ["--kills", "1"],
     "python -m experiments.sampled": ["--epochs", "0.1", "--seeds", "0"],
+    "python -m experiments.estimation_error": ["--draws", "2"],
     "python -m experiments.estimators": [
         "--tasks",
         "digits",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from experiments import estimators
-from experiments.estimation_error import Error, Population, coincide, errors
+from experiments.estimation_error import Error, Population, coincide, errors, sign_error
 from experiments.estimator_verdict import Training, judge
 from experiments.estimators import REFERENCES, Study
 from gradstats.optim.moment import ESTIMATORS
@@ -33,6 +33,19 @@ def test_truth_is_that_of_the_population() -> None:
     truth = gaussian(0.5).truth(4)
     assert truth == pytest.approx(0.25 + 1 / 4)
     assert gaussian(0.5).truth(math.inf) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("probes", [1, 4, 16])
+def test_random_signs_scatter_as_their_formula_says(probes: int) -> None:
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(8, 3).double(), torch.randn(32, 8).double(), torch.randint(0, 3, (32,))
+    measured, expected = sign_error(model, x, y, probes, draws=500)
+    assert measured == pytest.approx(expected, rel=0.1)
+
+
+def test_as_many_random_signs_as_there_are_contrasts_are_exact() -> None:
+    model, x, y = torch.nn.Linear(8, 3).double(), torch.randn(16, 8).double(), torch.randint(0, 3, (16,))
+    assert sign_error(model, x, y, probes=15, draws=2) == pytest.approx((0, 0), abs=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
