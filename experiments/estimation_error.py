@@ -25,8 +25,8 @@ import gradstats
 from experiments.benchmarks.machine import machine
 from experiments.config import compose_config
 from experiments.data import load_data
-from experiments.documents import Table, fill_document, markdown
-from experiments.errors import command_line
+from experiments.documents import Cell, Table, fill_document, markdown
+from experiments.errors import UserError, command_line
 from experiments.models import build_model
 from gradstats.optim import BatchInvariantAdam
 from gradstats.optim.adam import AdamUpdate
@@ -161,14 +161,15 @@ def errors(
 
 
 def sign_error(model: nn.Module, x: Tensor, y: Tensor, probes: int, draws: int) -> tuple[float, float]:
-    """||q^ - q|| / ||q|| of the second moment, root mean square over `draws` of the signs; and as contrasts.py has it,
-    by the deviations d (B, P) of the examples."""
+    """||q^ - q|| / ||q|| of the second moment, root mean square over `draws` of the signs; and as
+    gradstats/engines/contrasts.py has it, by the deviations d (B, P) of the examples, three at least."""
     g = population("", model, x, y).gradients
     d = (g - g.mean(0)) / math.sqrt(len(g))  # q is D^ of these, and what does not vary
     q = g.square().mean(0)
     n = 2 ** (len(g) - 1).bit_length()
+    k = min(probes, n - 1)  # more tell nothing new
     of_one = ((n * n - 3 * n + 3) * d.square().sum(0) ** 2 - n * (n - 1) * d.pow(4).sum(0)) * 2 / (n * (n - 3))
-    variance = of_one * (n - 1 - probes) / (probes * (n - 2))
+    variance = of_one * (n - 1 - k) / (k * (n - 2))
     exact = gradstats.compute(model, F.cross_entropy, x, y).second_moment
     squares = 0.0
     with gradstats.attach(model, engine="random_sign", probes=probes) as stats:
@@ -187,7 +188,7 @@ def sign_table(batch_size: int, probes: Sequence[int], draws: int) -> Table:
     torch.manual_seed(0)
     model = build_model(config.model, data.shape, data.classes).eval()
     x, y = data.train.x[:batch_size], data.train.y[:batch_size]
-    rows = []
+    rows: list[list[Cell]] = []
     for k in probes:
         measured, expected = sign_error(model, x, y, k, draws)
         rows.append([str(k), f"{measured:.3f}", f"{expected:.3f}"])
@@ -196,7 +197,7 @@ def sign_table(batch_size: int, probes: Sequence[int], draws: int) -> Table:
         f"parameters; root mean square over {draws} draws of the signs."
     )
     columns = ["probes k", "measured", "by the formula"]
-    return Table("The relative error of random signs", about, columns, [list(row) for row in rows], ())
+    return Table("The relative error of random signs", about, columns, rows, ())
 
 
 def main() -> None:
@@ -208,6 +209,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with command_line("interrupted: nothing was written"):
+        if arguments.batch_size < 3 or min(arguments.probes) < 1:
+            raise UserError("--batch-size, --probes: the formula is for three examples at least, and one probe")
         written = sign_table(arguments.batch_size, arguments.probes, arguments.draws)
         Console().print(written.rich())
         if arguments.document is not None:

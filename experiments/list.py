@@ -51,7 +51,8 @@ def of_study(experiment: Experiment, local: bool) -> Line:
     latest = next((found for found in known if found.form == "full"), known[0] if known else None)
 
     def time_of(form: Form) -> str:
-        return duration(next((s for found in known if (s := found.seconds_of(form)) is not None), None))
+        seconds = next((s for found in known if (s := found.seconds_of(form)) is not None), None)
+        return UNKNOWN if seconds is None and (form == "full" or not known) else duration(seconds)
 
     return Line(
         experiment,

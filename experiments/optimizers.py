@@ -207,7 +207,7 @@ def attach_statistics(
 
 
 def rounding(engine: EngineConfig, device: torch.device) -> Literal["hardware", "emulated"] | None:
-    """What rounds matmuls of statistics, None where all are exact."""
+    """What rounds matmuls of statistics where any are rounded, None where all are exact."""
     if engine.statistics_dtype is StatisticsDtype.exact:
         return None
     if matmul.supports(device, torch.bfloat16):

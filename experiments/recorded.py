@@ -34,7 +34,7 @@ Form = Literal["full", "short"]
 @dataclass(frozen=True)
 class Recorded:
     """What a study found, in which of its forms, over how many seeds. `short_seconds` is the processor time of all jobs
-    of the short form, which is kept beside the findings of the full one."""
+    of the short form, which is kept beside the findings of the full one; it may be that of an earlier configuration."""
 
     form: Form
     seeds: int
@@ -122,7 +122,7 @@ def figure_of(experiment: Experiment, form: Form) -> Path:
 
 def duration(seconds: float | None) -> str:
     if seconds is None:
-        return UNKNOWN
+        return "not known"
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -54,9 +54,10 @@ def record(experiments: Sequence[Experiment]) -> list[str]:
         elif found.form == "short" and kept is not None and kept.form == "full":
             replace(kept, short_seconds=found.summary.seconds).save(experiment.name)
         else:
-            short = (one.seconds_of("short") for one in (found, kept) if one is not None)
-            known = next((CORES * seconds for seconds in short if seconds is not None), None)
-            replace(found, short_seconds=known).save(experiment.name, figure_of(experiment, found.form))
+            earlier = None if kept is None else kept.seconds_of("short")
+            if found.form == "full" and found.short_seconds is None and earlier is not None:
+                found = replace(found, short_seconds=CORES * earlier)
+            found.save(experiment.name, figure_of(experiment, found.form))
     return rest
 
 

@@ -82,11 +82,11 @@ def measured_at(tune: TuneConfig, largest: int, examples: float) -> tuple[list[i
     if not fars:
         return [], [f"What the tuning costs at larger batches is not known: none above {home} fits."]
     steps = int(examples / largest)
-    if steps >= LEAST_STEPS or len(fars) == 1:
+    if steps >= LEAST_STEPS:
         return fars, []
     return fars[:-1], [
-        f"Regret at B = {largest} was not measured: a run has {steps} steps there, in which nothing is learned that "
-        "could be compared. Train for longer (train.epochs)."
+        f"Regret at B = {largest} was not measured: a run has {steps} steps there, too few to learn what could be "
+        "compared. Train for longer (train.epochs)."
     ]
 
 

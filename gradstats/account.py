@@ -34,12 +34,19 @@ def fits(found: Tensor | None, p: Tensor, raw: RawSum) -> TypeGuard[Tensor]:
     return found.shape == p.shape and found.device == p.device and found.dtype == raw.dtype(p.dtype)
 
 
-def alone(tensor: Tensor) -> bool:
-    """Whether the caller has the only reference to the tensor, and to its memory."""
-    storage = tensor.untyped_storage()  # which counts too
-    names = sys.getrefcount(tensor)  # the caller's, the one here, and the argument of the call
+def references(tensor: Tensor) -> tuple[int, int, int]:
+    """To the Python object, to torch's tensor, and to its memory, those of this call included."""
+    storage = tensor.untyped_storage()
     tensors, memories = tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
-    return names <= 3 and tensors == 1 and memories == 2
+    return sys.getrefcount(tensor), tensors, memories
+
+
+def of_one_name() -> tuple[int, int, int]:
+    tensor = torch.empty(1)
+    return references(tensor)
+
+
+ALONE = of_one_name()  # interpreters, and versions of torch, count differently
 
 
 class Account:
@@ -92,7 +99,7 @@ class Account:
     @property
     def current(self) -> nn.Parameter | None:
         """The same; None where the module has no such parameter any more."""
-        return self.holder.get(self.attribute)
+        return self.held  # type: ignore[return-value]
 
     @property
     def held(self) -> Tensor | None:
@@ -242,7 +249,7 @@ class Account:
     def fresh(self) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
         gradient = self.parameter.grad
-        return gradient is None or fresh(gradient, untouched(gradient, self.left))
+        return fresh(gradient, untouched(gradient, self.left))
 
     def begin_use(self, backward_pass: int, first_open: int) -> None:
         """The first use of the parameter in a backward pass: does its p.grad go with its statistics?"""
@@ -275,7 +282,11 @@ class Account:
         """The memory of a sum of the window before, if nobody else has it; from now on it is kept for who asks here."""
         self._recycled.add(kind)
         memory = self._memory.pop(kind, None)
-        return memory if fits(memory, self.tensor, SUMS[kind]) and alone(memory) else None
+        if (
+            not fits(memory, self.tensor, SUMS[kind]) or memory.is_shared()
+        ):  # with a process whose own do not count here
+            return None
+        return memory if references(memory) == ALONE else None
 
     # Reading
 

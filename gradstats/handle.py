@@ -366,7 +366,8 @@ class Handle(Readable):
             p = self.parameter(name)
             if p is not None and p.grad is not None and self.has(name):
                 noted, left = True, self.left(name)
-                if left is None or not fresh(p.grad, left.known == state_of(p.grad)):
+                known = left is not None and left.tensor() is p.grad and left.known == state_of(p.grad)
+                if left is None or not fresh(p.grad, known):
                     return False
         return noted
 

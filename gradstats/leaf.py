@@ -97,14 +97,9 @@ class Leaf:
         # torch.no_grad() does not: what it returns must be shaped like what the recomputation returns.
         if not torch.is_grad_enabled() and (torch._C._is_fwd_grad_enabled() or not self.handle.forwarding):
             return False
-        trains = False
-        for account in self.accounts.values():
-            p = account.held
-            if p is not None and p.requires_grad:
-                if not isinstance(p, nn.Parameter):
-                    return False
-                trains = True
-        return trains
+        held = (account.held for account in self.accounts.values())
+        trainable = [p for p in held if p is not None and p.requires_grad]
+        return bool(trainable) and all(isinstance(p, nn.Parameter) for p in trainable)
 
     # Forward
 

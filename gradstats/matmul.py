@@ -32,7 +32,7 @@ _forced = False
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """a (..., m, k) times b (..., k, n), with factors in `dtype` if the device multiplies them faster; in a's dtype."""
+    """a (..., m, k) times b (..., k, n), with factors in `dtype` where `rounds` says so; in a's dtype."""
     if dtype is not None and rounds(a.device, dtype):
         return rounded(a.to(dtype), b.to(dtype)).to(a.dtype)
     measurable = a.device.type == "cpu" and a.dtype == torch.float32 and a.dim() == 2
@@ -72,7 +72,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> bool:
 
 def matched(d: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """d 2^k and a 2^-k, whose largest entries are within a factor of four of each other: products d a are the same, and
-    squares of both are within float32 as long as those of the products are. Nothing has to be undone."""
+    squares of the largest entries are within float32 as long as that of their product is. Nothing has to be undone."""
     if not d.numel() or not a.numel():
         return d, a
     limits = (torch.aminmax(x) for x in (d, a))

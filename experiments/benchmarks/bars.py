@@ -148,6 +148,8 @@ def found(rows: Iterable[Row], workload: str, contestant: str, what: What) -> Fo
 def quartiles(row: Row, what: What) -> Found:
     if row.error is not None:
         return row.error
+    if row.statistic_error is not None and row.statistic_error < CONTESTANTS[row.contestant].at_least:
+        return "nothing was rounded"
     if what == "memory":
         return "no memory" if row.above is None else always(round(row.above, 2))
     if row.lower is None or row.ratio is None or row.upper is None:

@@ -26,9 +26,9 @@ Measured = dict[str, Any]
 
 
 def check(workload: str, contestant: str, settings: Settings) -> Measured:
-    """Relative errors of gradient and statistics after one step in float64 (under autocast, or in float32, of who is
-    not to be had in it), the largest over parameters: of the gradient against plain torch, of the statistics against
-    `reference`."""
+    """Relative errors of gradient and statistics after one step in float64 (under autocast where that is measured, in
+    float32 for contestants that have no float64), the largest over parameters: of the gradient against plain torch, of
+    the statistics against `reference`."""
     prepare(settings)
     one = CONTESTANTS[contestant]
     exact = settings.dtype == torch.float32 and one.double

@@ -26,8 +26,8 @@ SETTINGS = (
 )
 COMMAND = "python -m experiments.benchmark --record"
 SUMMARY = {
-    "second moment": "ours-second_moment",
-    f"every {EVERY}th step": "ours-every",
+    "second moment": bars.EXACT,
+    f"every {EVERY}th step": bars.SAMPLED,
     "norms": "ours-norms",
     "all three": "ours-all",
 }
@@ -188,7 +188,7 @@ def summary(run: Run) -> str:
     for workload in run.workloads:
         rows = {r.contestant: r for r in run.of_workload(workload)}
         mine = [number(r.ratio) if (r := rows.get(name)) else DASH for name in SUMMARY.values()]
-        first = rows.get("ours-second_moment")
+        first = rows.get(bars.EXACT)
         memory = DASH if first is None or first.above is None else f"{first.above:+.2f}"
         others = [best(run, workload, name) for name in ("second_moment", "norms")]
         lines.append("| " + " | ".join([WORKLOADS[workload].title, *mine, memory, *others]) + " |")

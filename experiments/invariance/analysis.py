@@ -83,7 +83,7 @@ class Analysis:
     point: Measures
     low: Measures
     high: Measures
-    reachable: Array  # (M, K)  share of the bootstrap draws in which a method reaches the target
+    reachable: Array  # (M, K)  share of the bootstrap draws in which a method and a baseline reach the target
     tuned: NDArray[np.int64]  # (M,)  index of the tuned lr
     reference_tuned: NDArray[np.int64]  # (B,)  index of the reference's lr, tuned at each batch size
     seed_floor: Array  # (M,)
@@ -252,7 +252,7 @@ def analyse(records: Sequence[Record], comparison: Comparison) -> Analysis:
         point=point,
         low=Measures(**low),
         high=Measures(**high),
-        reachable=np.mean([np.isfinite(draw.matched_score) for draw in draws], axis=0),
+        reachable=np.mean([np.isfinite(draw.ratio) for draw in draws], axis=0),
         tuned=tuned,
         reference_tuned=tune_everywhere(grid, comparison),
         seed_floor=seed_floors(grid, tuned, comparison.score_batch_sizes),

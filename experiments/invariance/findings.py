@@ -60,7 +60,7 @@ def _matched_score(analysis: Analysis, method: int, target: int) -> Finding:
             f" That of {analysis.grid.labels[other]}, which averages the same squares by another road: {reached}."
         )
     verdict = ratio.verdict(LARGEST_RATIO)
-    if (share := analysis.reachable[[method, best], target].min()) < 1:
+    if (share := analysis.reachable[method, target]) < 1:
         sentence += f" Intervals are over the {share:.0%} of resamples that reach this loss"
         if share < CONFIDENCE:  # with the others the interval could lie anywhere
             verdict = "cannot be judged"

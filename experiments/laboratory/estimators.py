@@ -16,8 +16,11 @@ from experiments.study import Outcome
 
 EXACT = "exact"
 CLOSE = 1.05  # of the loss of the exact one
-ROUNDING = {
-    "hardware": "the processor's own instructions round to bfloat16",
+ROUNDED_BY = {
+    "hardware": (
+        "the processor's own instructions round to bfloat16, wherever they may, and no way is chosen by its speed: of "
+        "its price in seconds this says nothing"
+    ),
     "emulated": (
         "rounded to bfloat16 as hardware does, up to the order of addition, by a processor without instructions for "
         "it: of its price in seconds this says nothing"
@@ -45,7 +48,7 @@ class Estimators(ContestStudy[ContestConfig]):
         """Of those that ask for it: what rounded."""
         asked = {k for k, one in self.contestants().items() if one.engine.statistics_dtype is not StatisticsDtype.exact}
         runs = Counter((r.coordinates["contestant"], r.found.rounding) for r in results)
-        return [f"{k}, {n} runs: {ROUNDING[by]}." for (k, by), n in runs.items() if k in asked]
+        return [f"{k}, {n} runs: {ROUNDED_BY[by]}." for (k, by), n in runs.items() if k in asked]
 
     def findings(self, found: Contest) -> list[Finding]:
         sizes = found.settings.batch_sizes

@@ -83,7 +83,7 @@ def test_damage_is_one_message(experiment: Experiment) -> None:
 
 def test_times_are_told_in_one_unit() -> None:
     assert [duration(s) for s in (4.4, 99, 121, 5990, 7200)] == ["4 s", "99 s", "2 min", "100 min", "2.0 h"]
-    assert duration(None) == "not run yet"
+    assert duration(None) == "not known"
 
 
 def test_overrides_that_decide_no_number_are_not_told() -> None:

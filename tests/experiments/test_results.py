@@ -124,7 +124,7 @@ def test_a_short_form_does_not_take_the_place_of_a_full_one(
     assert experiment.short is not None
     folder = write(experiment)
     assert launch(monkeypatch, "--collect") == 0
-    before, untimed, timed = RESULTS.read_text(), "| full | 5 min | not run yet |", "| full | 5 min | 40 s |"
+    before, untimed, timed = RESULTS.read_text(), "| full | 5 min | not known |", "| full | 5 min | 40 s |"
     for path in folder.iterdir():
         path.unlink()
     short = write(experiment.short, seconds=80)

@@ -93,11 +93,12 @@ def test_memory_of_another_shape_or_kind_is_let_go():
         for _ in range(2):
             x, y = batch()
             backpropagate(model, x, y)
+            assert not stats.accounts["words.weight"]._memory
         assert table(stats).shape == (rows, 4)
     model.float()
     x, y = batch()
     backpropagate(model, x, y)
-    assert table(stats).dtype == torch.float32
+    assert table(stats).dtype == torch.float32 and not stats.accounts["words.weight"]._memory
 
 
 def test_no_window_holds_two_tables():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradstats import attach
+from gradstats import LifetimeError, attach
 
 B = 4
 
@@ -62,8 +62,9 @@ class Branches(nn.Module):
         return self.second(x) + self.first(x) if both else self.first(x)
 
 
-@pytest.mark.parametrize("model", [network(), Hidden()])
-def test_examples_are_counted_whatever_the_model_returns(model):
+@pytest.mark.parametrize("make", [network, Hidden])
+def test_examples_are_counted_whatever_the_model_returns(make):
+    model = make()
     stats = in_plain_window(model)
     for i in range(1, 4):
         x, y = batch(i)
@@ -110,8 +111,9 @@ def test_only_the_forward_that_is_backpropagated_counts():
     assert stats.batch_size == 2
 
 
-@pytest.mark.parametrize("model", [network(), Hidden()])
-def test_autograd_grad_counts_nothing(model):
+@pytest.mark.parametrize("make", [network, Hidden])
+def test_autograd_grad_counts_nothing(make):
+    model = make()
     stats = in_plain_window(model)
     x, y = batch(2)
     loss = F.cross_entropy(logits(model(x)), y)
@@ -139,7 +141,7 @@ def test_a_gradient_that_comes_without_a_forward_is_refused():
     F.cross_entropy(model(x), y).backward()
     sum(p.square().sum() for p in model.parameters()).backward()
     F.cross_entropy(model(x), y).backward()
-    with pytest.raises(Exception, match="holds more than these statistics have seen"):
+    with pytest.raises(LifetimeError, match="holds more than these statistics have seen"):
         stats.second_moment["0.weight"]
 
 

@@ -42,7 +42,8 @@ class Waits(TorchDispatchMode):
 
 
 class Copies(TorchFunctionMode):
-    """Counts methods that copy to the host: of a tensor that is there, no operation shows it."""
+    """Counts methods that copy to the host: of a tensor that is there, no operation shows it. Not .to(device) of a
+    torch.device, nor copy_: here all devices are the CPU."""
 
     COPYING = frozenset({"cpu", "numpy", "tolist", "__array__"})
 
