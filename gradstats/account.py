@@ -282,11 +282,9 @@ class Account:
         """The memory of a sum of the window before, if nobody else has it; from now on it is kept for who asks here."""
         self._recycled.add(kind)
         memory = self._memory.pop(kind, None)
-        if (
-            not fits(memory, self.tensor, SUMS[kind]) or memory.is_shared()
-        ):  # with a process whose own do not count here
+        if not fits(memory, self.tensor, SUMS[kind]) or references(memory) != ALONE:
             return None
-        return memory if references(memory) == ALONE else None
+        return None if memory.is_shared() else memory  # another process's references do not count here
 
     # Reading
 

@@ -171,12 +171,7 @@ def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradient
             found = sums_of(uses.parts, kinds)
             uses.parts.clear()
         elif own is not None:
-            if (
-                index is None
-                and isinstance(own, Rows)
-                and SUM_OF_SQUARES.name in kinds
-                and OF_SQUARES.issuperset(kinds)
-            ):
+            if index is None and isinstance(own, Rows) and own.writes_squares(kinds):
                 own.spare = account.spare(SUM_OF_SQUARES.name)
             gradients[name], found = own.sums(kinds) if index is None else own.sums_over(index, kinds)
         for kind, value in found.items():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradstats import kernels
 from gradstats.contribution import BLOCK, Contribution
-from gradstats.sums import Block, Reduction, wide
+from gradstats.sums import OF_SQUARES, SUM_OF_SQUARES, Block, Reduction, wide
 
 
 class Rows(Contribution):
@@ -53,6 +53,10 @@ class Rows(Contribution):
         else:
             memory.zero_()
         return memory.index_add_(0, self.ids.flatten(), values.flatten(0, 1))
+
+    def writes_squares(self, names: Collection[str]) -> bool:
+        """Whether `sums` writes a table of squares, for which it takes what is spare."""
+        return SUM_OF_SQUARES.name in names and OF_SQUARES.issuperset(names)
 
     def direct(self, names: Collection[str]) -> Reduction:
         if kernels.available(self.d):
