@@ -142,7 +142,7 @@ def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradient
     kinds, lifetime = call.leaf.handle.needs, call.leaf.handle.lifetime
     # What is small comes last in layers, and first here: its temporaries are gone when the weight's sums are made.
     for name, (account, uses, collects) in reversed(call.used.items()):
-        own, found = contributions.get(name), {}
+        own, found = contributions.pop(name, None), {}
         uses.begin()
         index = None  # examples that the sums are over, if not all
         if own is not None:

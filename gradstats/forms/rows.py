@@ -63,12 +63,16 @@ class Rows(Contribution):
             from gradstats.kernels import rows
 
             return rows.sums(self.ids, self.d, self.rows, names)
-        squares, found = self.summed().square(), {}
+        found = self._of_squares(names)  # first, so that its temporaries are gone when the gradient, a table, is made
+        return self.gradient(), found
+
+    def _of_squares(self, names: Collection[str]) -> dict[str, Tensor]:
+        squares, found = self.summed().square_(), {}
         if "sum_of_squares" in names:
             found["sum_of_squares"] = self._table(squares, self.spare)
         if "squared_norms" in names:
             found["squared_norms"] = squares.sum((1, 2))
-        return self.gradient(), found
+        return found
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         height = rows.stop - rows.start

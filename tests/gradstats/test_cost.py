@@ -329,6 +329,23 @@ def test_memory_of_a_normalisation_layer(name, statistic):
     assert peak(step) <= plain + 4 * (numbers + results)
 
 
+WIDE = {
+    "few positions": (lambda: nn.Linear(1024, 1024), torch.randn(8, 4, 1024)),
+    "embedding": (lambda: nn.Embedding(10_000, 32), torch.arange(32 * 16).reshape(32, 16) % 7),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_memory_of_norms_beside_a_large_gradient(name):
+    """Nothing of the size of activations beside it (32 KiB at least), only what has a few numbers an example."""
+    make, x = WIDE[name]
+    model = make()
+    step = step_of(model, x)
+    plain = peak(step)
+    attach(model, "norms").probe(x)
+    assert peak(step) <= plain + 8192
+
+
 def test_memory_of_a_step_after_others():
     """Neither a temporary of the bias beside the weight's statistic, nor the statistics of the step before."""
     if not compiler():
