@@ -1,6 +1,6 @@
 """The price of the statistics: time and memory of a training step with them, beside the plain step and other libraries.
 
-python -m experiments.benchmark                          the whole table and the scales: half an hour on two cores
+python -m experiments.benchmark                          the whole table and the scales: an hour or two on two cores
 python -m experiments.benchmark mlp gpt -c 'ours-*'      two workloads, ours alone
 python -m experiments.benchmark --quick                  tiny shapes, to see that everything runs
 python -m experiments.benchmark --record                 measures, adds the run to docs/benchmark.json, writes the pages
@@ -81,7 +81,6 @@ def about(plan: Plan) -> dict[str, Any]:
         "quick": settings.quick,
         "steps": plan.steps,
         "seconds": plan.seconds,
-        "processes": plan.processes,
         "code": code(),
     }
 

@@ -17,7 +17,7 @@ WHAT: tuple[What, ...] = ("time", "memory")
 CPU = {"device": "cpu", "dtype": "float32", "threads": "2"}
 H200 = {"device": "cuda", "dtype": "bfloat16", "processor": "H200"}
 
-EXACT, SAMPLED = "ours-second_moment", "ours-every"
+EXACT, SAMPLED, SINGLE, LOOP = "ours-second_moment", "ours-every", "ours-single", "loop"
 BESIDE_PEERS = (EXACT, "ours-norms", "ours-variance")
 SLACK = 0.02  # of the plain step's time, for steps in which nothing is gathered
 EXPLANATION = (
@@ -86,7 +86,7 @@ class Judged:
 
 
 def judged(rows: Sequence[Row], about: Mapping[str, Any]) -> list[Judged]:
-    return [*of_table(rows, about), *of_sampled(rows, about), *of_peers(rows)]
+    return [*of_table(rows, about), *of_sampled(rows, about), *of_peers(rows), *of_loop(rows)]
 
 
 def of_table(rows: Sequence[Row], about: Mapping[str, Any]) -> Iterator[Judged]:
@@ -119,6 +119,14 @@ def of_peers(rows: Sequence[Row]) -> Iterator[Judged]:
             for what in WHAT if rivals else ():
                 rival, limit = best(rivals, what)
                 yield Judged(workload, contestant, what, limit, found(rows, workload, contestant, what), rival)
+
+
+def of_loop(rows: Sequence[Row]) -> Iterator[Judged]:
+    """A loop holds the activations of one example, which no pass over a batch can undercut: like against like."""
+    for workload in (r.workload for r in rows if r.contestant == SINGLE):
+        for what in WHAT:
+            limit = found(rows, workload, LOOP, what)
+            yield Judged(workload, SINGLE, what, limit, found(rows, workload, SINGLE, what), CONTESTANTS[LOOP].title)
 
 
 def peers(rows: Iterable[Row], workload: str, statistic: str) -> list[Row]:

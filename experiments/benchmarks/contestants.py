@@ -95,6 +95,7 @@ CONTESTANTS = {
     ),
     "ours-random_sign": few(estimate("gradstats, random signs", Signs)),
     "ours-microbatch": few(estimate(f"gradstats, {PARTS} micro-batches", lambda problem: Micro(problem, PARTS))),
+    "ours-single": few(Contestant("gradstats, micro-batches of one", "second_moment", Micro)),
     "ours-vmap": few(ours("gradstats, engine vmap", engine="vmap")),
     "ours-opacus": few(ours("gradstats, engine opacus", engine="opacus")),
     "backpack-second_moment": backpack("SumGradSquared", "second_moment"),

@@ -31,7 +31,7 @@ SUMMARY = {
     "norms": "ours-norms",
     "all three": "ours-all",
 }
-COLUMNS = ["contestant", "statistic", "time", "quartiles", "ms", "memory", "off"]
+COLUMNS = ["contestant", "statistic", "time", "quartiles", "pairs", "ms", "memory", "off"]
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,13 @@ def of_workload(run: Run, workload: str) -> Table:
 def cells(r: Row) -> list[Any]:
     statistic = r.statistic.replace("_", " ") or DASH
     if r.error is not None:
-        return [r.title, statistic, r.error, DASH, DASH, DASH, DASH]
+        return [r.title, statistic, r.error, *[DASH] * (len(COLUMNS) - 3)]
     return [
         r.title,
         statistic,
         number(r.ratio),
         DASH if r.ratio is None else between(r.lower, r.upper),
+        str(r.pairs) if r.pairs else DASH,
         DASH if r.ms is None else f"{r.ms:.3g}",
         DASH if r.above is None else f"{r.above:+.2f}",
         off(r),
@@ -173,7 +174,8 @@ def limit(one: bars.Judged) -> str:
 
 def told(run: Run) -> str:
     about = ", ".join(f"{key} {run.about[key]}" for key in SETTINGS if key in run.about)
-    measured = f"{run.about['processes']} processes, up to {run.about['steps']} pairs of steps each"
+    processes = max((r.processes for r in run.rows), default=0)
+    measured = f"up to {processes} processes a contestant, and up to {run.about['steps']} pairs of steps in each"
     return f"Measured on {run.date}: {about}; {measured}."
 
 

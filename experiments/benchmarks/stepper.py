@@ -128,11 +128,11 @@ def refuse_without_instructions(device: torch.device) -> None:
 
 
 class Micro(Attached):
-    """Engine "microbatch": a backward pass for each of `parts` micro-batches."""
+    """Engine "microbatch": a backward pass for each of `parts` micro-batches, by default of one example."""
 
-    def __init__(self, problem: Problem, parts: int) -> None:
+    def __init__(self, problem: Problem, parts: int | None = None) -> None:
         super().__init__(problem, "second_moment", engine="microbatch")
-        self.parts = min(parts, self.batch_size)
+        self.parts = self.batch_size if parts is None else min(parts, self.batch_size)
 
     def backward(self) -> None:
         rows = self.batch_size // self.parts

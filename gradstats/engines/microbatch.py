@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from gradstats.arguments import ExampleDims
@@ -22,7 +23,7 @@ from gradstats.engines.outside import ESTIMATED, OutsideHandle
 from gradstats.engines.passes import Forwards, Pass
 from gradstats.errors import GradstatsError, LifetimeError
 from gradstats.statistics import Wanted
-from gradstats.sums import GRADIENT, SQUARED_NORMS, accumulation_dtype, wide
+from gradstats.sums import GRADIENT, SQUARED_NORMS, SUM_OF_SQUARES, accumulation_dtype, wide
 from gradstats.window import Statistic
 
 
@@ -84,9 +85,21 @@ class MicrobatchHandle(OutsideHandle):
         # C^2 is read where b > 1. With other ranks sums are asked for before the pass has ended, when b is not known.
         if self.granularity == "example" and (self.microbatch_size != 1 or self.exchange is not None):
             for name, c in gradients.items():
-                # A copy: the tensor itself becomes p.grad, to which the next pass adds.
+                # A copy, to which the next passes add: parameters may share the tensor, as a and b in a + b do.
                 found[name][GRADIENT.key] = c.to(accumulation_dtype(c.dtype), copy=True)
         return found
+
+    def add(self, ended: Pass) -> None:
+        """In place, where there are squares to add to: of large gradients the time is that of fresh memory."""
+        own = [self._sums[name].totals for name in ended.arrived]
+        squares = [totals[SUM_OF_SQUARES.name] for totals in own if SUM_OF_SQUARES.name in totals]
+        if self.exchange is not None or self.needs != (SUM_OF_SQUARES.name,) or len(squares) < len(own):
+            return super().add(ended)
+        c = [wide(gradient.to_dense()) for gradient in ended.arrived.values()]
+        torch._foreach_addcmul_(squares, c, c)
+        for totals, gradient in zip(own, c, strict=True):
+            if GRADIENT.key in totals:
+                totals[GRADIENT.key].add_(gradient)
 
     def receive(self, ranks: int, counts: Counts, found: dict[tuple[str, str], Tensor]) -> None:
         super().receive(ranks, counts, found)

@@ -165,17 +165,22 @@ class OutsideHandle(Handle):
             raise
         self._count += 1
         self._sizes[self._count] = examples
-        found = self.found_in(ended, ended.arrived)
         for name in ended.arrived:
             if name not in self._sums:
                 self._sums[name] = Sums(min(self._sizes))  # earlier passes did not reach it
             elif name in ended.began:
                 self._sums[name] = Sums(self._count)  # its gradient was zeroed, and others were not
-            sums = self._sums[name]
-            sums.unseen |= name in ended.changed
-            sums.add(self._count, found[name])
+            self._sums[name].unseen |= name in ended.changed
+        self.add(ended)
+        for name in ended.arrived:
             grad = self.parameters()[name].grad
-            sums.left = None if grad is None else self.note(grad)
+            self._sums[name].left = None if grad is None else self.note(grad)
+
+    def add(self, ended: Pass) -> None:
+        """Adds what a backward pass found to the sums of its parameters."""
+        found = self.found_in(ended, ended.arrived)
+        for name in ended.arrived:
+            self._sums[name].add(self._count, found[name])
 
     # Reading
 

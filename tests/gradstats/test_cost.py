@@ -346,6 +346,21 @@ def test_memory_of_norms_beside_a_large_gradient(name):
     assert peak(step) <= plain + 8192
 
 
+@pytest.mark.parametrize(("size", "sums"), [(1, 1), (4, 2)])
+def test_memory_of_micro_batches(size, sums):
+    """The sums, of squares and for estimates of gradients, and the gradients of the pass under way: no others."""
+    model, x = perceptron(64, 256, 256), torch.randn(16, 64)
+    kept = sum(p.nbytes for p in model.parameters())
+
+    def step():
+        for part in x.split(size):
+            model(part).square().mean().backward()
+
+    plain = peak((step, model.zero_grad))
+    attach(model, engine="microbatch")
+    assert peak((step, model.zero_grad)) <= plain + (1 + sums) * kept + 4096
+
+
 def test_memory_of_a_step_after_others():
     """Neither a temporary of the bias beside the weight's statistic, nor the statistics of the step before."""
     if not compiler():

@@ -123,3 +123,12 @@ def test_without_a_peer_that_is_right_its_failure_is_told() -> None:
     (one,) = of(run().rows, "ours-norms")
     assert one.verdict == "not measured: Opacus, ghost clipping: not installed" and not one.rival
     assert not of(run().rows, "ours-variance")
+
+
+def test_micro_batches_of_one_are_held_to_a_loop() -> None:
+    rows = [made("ours-single", 1.2, above=-4.0), made("loop", 1.6, above=-3.0), made("func-whole", 1.0)]
+    time, memory = of(rows, "ours-single") + of(rows, "ours-single", "memory")
+    assert (time.rival, time.verdict) == ("a loop over examples", "holds")
+    assert (memory.limit[0], memory.verdict) == (-3.0, "holds")
+    (missing,) = of(rows[:1], "ours-single")
+    assert missing.verdict == "not measured: not in this run"

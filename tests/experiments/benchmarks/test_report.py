@@ -20,15 +20,15 @@ def test_page_has_a_line_for_every_contestant_ours_first() -> None:
     assert "**MLP 784-1024-1024-10.** B = 256, width = 1,024." in lines
     table = [line for line in lines if line.startswith("| ")]
     assert table[1:5] == [
-        "| **gradstats** | second moment | 1.50 | 1.40 to 1.60 | 15 | +1.04 | 2e-07 |",
-        "| **gradstats** | norms | 1.12 | 1.02 to 1.23 | 11.2 | +0.00 | 2e-07 |",
-        "| **gradstats** | all | 1.60 | 1.50 to 1.70 | 16 | +1.04 | 2e-07 |",
-        "| **gradstats, 8 micro-batches** | second moment | 1.01 | 0.91 to 1.11 | 10.1 | +1.04 | est. |",
+        "| **gradstats** | second moment | 1.50 | 1.40 to 1.60 | 20 | 15 | +1.04 | 2e-07 |",
+        "| **gradstats** | norms | 1.12 | 1.02 to 1.23 | 20 | 11.2 | +0.00 | 2e-07 |",
+        "| **gradstats** | all | 1.60 | 1.50 to 1.70 | 20 | 16 | +1.04 | 2e-07 |",
+        "| **gradstats, 8 micro-batches** | second moment | 1.01 | 0.91 to 1.11 | 20 | 10.1 | +1.04 | est. |",
     ]
-    assert "| plain torch, against itself | – | 1.00 | 0.90 to 1.10 | 10 | +0.00 | – |" in table
-    assert "| BackPACK, SumGradSquared | second moment | wrong: 3.0% off | – | – | – | – |" in table
-    assert "| Opacus, ghost clipping | norms | not installed | – | – | – | – |" in table
-    assert "| Opacus, hooks | second moment | 120 | 120 to 120 | 1.2e+03 | +1.04 | 2e-07 |" in table
+    assert "| plain torch, against itself | – | 1.00 | 0.90 to 1.10 | 20 | 10 | +0.00 | – |" in table
+    assert "| BackPACK, SumGradSquared | second moment | wrong: 3.0% off | – | – | – | – | – |" in table
+    assert "| Opacus, ghost clipping | norms | not installed | – | – | – | – | – |" in table
+    assert "| Opacus, hooks | second moment | 120 | 120 to 120 | 20 | 1.2e+03 | +1.04 | 2e-07 |" in table
     assert "| B: MLP | norms | 1 | 4 | 2.00, 4.00 | 0.50 | 1.00 |" in table
 
 

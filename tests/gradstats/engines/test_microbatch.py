@@ -79,6 +79,43 @@ def test_estimates_from_larger_micro_batches(size, loss_reduction):
     close(stats.noise_scale.total.trace, traces)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("statistic", ["second_moment", "variance"])
+def test_one_statistic_is_that_of_many(statistic, size):
+    """Squares alone are added in place."""
+    model, x, y = problem()
+    found = []
+    for names in ((statistic,), ESTIMATED):
+        model.zero_grad()
+        with attach(model, *names, engine="microbatch") as stats:
+            backpropagate(model, x, y, size)
+            found.append(dict(stats.read(statistic)))
+    for name, expected in found[1].items():
+        close(found[0][name], expected)
+
+
+class Shift(nn.Module):
+    """Its parameters' gradients are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x):
+        return x * (self.a + self.b)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_parameters_that_share_a_gradient(size):
+    model, x = Shift(), torch.randn(6, 3, dtype=torch.float64)
+    stats = attach(model, "variance", engine="microbatch")
+    for part in x.split(size):
+        (model(part).sum(1).mean() * size / len(x)).backward()
+    _, expected = by_definition(x.unflatten(0, (-1, size)).mean(1), size)
+    for name in ("a", "b"):
+        close(stats.variance[name], expected)
+
+
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
 def test_granularity_microbatch_is_that_of_the_fused_engine(loss_reduction):
     """Three at a time here, all at once there."""
