@@ -29,8 +29,9 @@ Reading = tuple[Mapping[str, Tensor], Tensor | None, Common]
 class Window(NamedTuple):
     """What was backpropagated since the gradient was last None.
 
-    `sums` maps keys of raw sums to those of one parameter; `gradient` is sum_b c_b, that is p.grad; `batch_size` counts
-    examples, or positions or micro-batches where that granularity was asked for.
+    `sums` maps keys of raw sums to those of one parameter, to which further passes may add: copy what you keep.
+    `gradient` is sum_b c_b, that is p.grad; `batch_size` counts examples, or positions or micro-batches where that
+    granularity was asked for.
     `loss_scale` is what a GradScaler multiplied the loss by, and `gradient_scale` what `gradient` still carries of it.
     `factor` is what `gradient` was multiplied by since the backward pass, where that is followed; `sums` were not.
     `fraction`: the part of the examples that `sums` are of, on average.

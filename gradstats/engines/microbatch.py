@@ -90,10 +90,11 @@ class MicrobatchHandle(OutsideHandle):
         return found
 
     def add(self, ended: Pass) -> None:
-        """In place, where there are squares to add to: of large gradients the time is that of fresh memory."""
+        """In place where squares alone are wanted and all parameters have some: of large gradients most of the time is
+        that of fresh memory."""
         own = [self._sums[name].totals for name in ended.arrived]
         squares = [totals[SUM_OF_SQUARES.name] for totals in own if SUM_OF_SQUARES.name in totals]
-        if self.exchange is not None or self.needs != (SUM_OF_SQUARES.name,) or len(squares) < len(own):
+        if self.exchange is not None or not self.squares_alone or len(squares) < len(own):
             return super().add(ended)
         c = [wide(gradient.to_dense()) for gradient in ended.arrived.values()]
         torch._foreach_addcmul_(squares, c, c)

@@ -129,10 +129,14 @@ class OutsideHandle(Handle):
         """What `begin_pass` has found: since then, others that arrived may have changed the version of this one's."""
         return None if self.exchange is None else self._sums.get(name)
 
+    @property
+    def squares_alone(self) -> bool:
+        """Whether nothing else is wanted, as almost always."""
+        return self.needs == (SUM_OF_SQUARES.name,)
+
     def of_each(self, gradients: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Raw sums of gradients by name, as if each were the contribution of one example."""
-        if self.needs == (SUM_OF_SQUARES.name,):
-            # Almost always so. Of small tensors the time is that of the calls: one for all.
+        if self.squares_alone:  # of small tensors the time is that of the calls: one for all
             c = list(map(wide, gradients.values()))
             squares = torch._foreach_mul(c, c)
             return {name: {SUM_OF_SQUARES.name: c2} for name, c2 in zip(gradients, squares, strict=True)}
@@ -154,7 +158,7 @@ class OutsideHandle(Handle):
 
     @torch.no_grad()
     def commit(self, ended: Pass) -> None:
-        """Adds a backward pass. Raises: LifetimeError, and forgets all, if its examples cannot be told."""
+        """Adds a backward pass, or forgets all. Raises: LifetimeError if its examples cannot be told."""
         trainable = [name for name, p in self.parameters().items() if p.requires_grad]
         if all(name in ended.began if name in ended.arrived else self.fresh(name) for name in trainable):
             self.zero()
@@ -171,7 +175,11 @@ class OutsideHandle(Handle):
             elif name in ended.began:
                 self._sums[name] = Sums(self._count)  # its gradient was zeroed, and others were not
             self._sums[name].unseen |= name in ended.changed
-        self.add(ended)
+        try:
+            self.add(ended)
+        except BaseException:  # some sums may have it, and others not
+            self.zero()
+            raise
         for name in ended.arrived:
             grad = self.parameters()[name].grad
             self._sums[name].left = None if grad is None else self.note(grad)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gradstats import CoverageError, GradstatsError, LifetimeError, MissingStatistic, attach, attached
+from gradstats import BlockStatistic, CoverageError, GradstatsError, LifetimeError, MissingStatistic, attach, attached
 from gradstats.optim import BatchInvariantAdam
 from gradstats.statistics import STATISTICS
 from tests import oracle
@@ -404,6 +404,32 @@ def test_backward_cut_short_by_an_exception(setting):
     model.zero_grad()
     backpropagate(model, x, y, 4)
     assert exact(stats, expected)
+
+
+class Fails(BlockStatistic):
+    name, per = "fails", "element"
+
+    def partial(self, block):
+        if len(block.c) and block.c[0, 0] > 0:
+            raise RuntimeError("it fails")
+        return block.c.sum(0)
+
+    def read(self, window):
+        return window.sums[self.key]
+
+
+def test_sums_cut_short_by_an_exception():
+    """Not even the sums of the passes before are there to be read: p.grad has more."""
+    model, x = nn.Linear(3, 2, bias=False), -torch.ones(1, 3)
+    stats = attach(model, Fails, "second_moment", engine="microbatch", granularity="microbatch", microbatch_size=1)
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="it fails"):
+        model(-x).sum().backward()
+    with pytest.raises(MissingStatistic, match="has no statistics"):
+        stats.second_moment["weight"]
+    model.zero_grad()
+    model(x).sum().backward()
+    close(stats.second_moment["weight"], torch.ones(2, 3))
 
 
 def test_gradient_changed_between_passes_or_after_them(setting):
