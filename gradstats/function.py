@@ -140,7 +140,8 @@ def reduce(call: Call, contributions: dict[str, Contribution]) -> tuple[Gradient
     gradients = {name: c.gradient() for name, c in contributions.items() if name not in call.used}
     sums: Sums = {}
     kinds, lifetime = call.leaf.handle.needs, call.leaf.handle.lifetime
-    # What is small comes last in layers, and first here: its temporaries are gone when the weight's sums are made.
+    # What is small comes last in layers, and first here, and each is taken out of `contributions`: it is gone, with its
+    # temporaries, when the weight's sums are made.
     for name, (account, uses, collects) in reversed(call.used.items()):
         own, found = contributions.pop(name, None), {}
         uses.begin()
