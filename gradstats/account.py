@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gradstats.distributed.totals import Totals, unshared
 from gradstats.errors import CoverageError, LifetimeError, MissingStatistic
 from gradstats.gradient import Left, fresh, same_sample, sample, untouched
+from gradstats.graph import will_accumulate
 from gradstats.sums import SUMS, RawSum
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Account:
         self.unseen = False  # p.grad holds gradient that the statistics do not
         self._subject: Tensor | None = None  # the parameter that the hooks are on
         self._hooks: list[Any] = []
-        self._returned: list[tuple[Tensor, int]] = []  # gradients in the backward under way, with their versions
+        self.returned: list[tuple[Tensor, int]] = []  # gradients in the backward under way, with their versions
         self.left: Left | None = None  # p.grad when it was last accumulated
         self.totals: Totals | None = None  # over all ranks
         self.elsewhere = 0  # examples of other ranks, or of what else is counted, that are in them
@@ -114,7 +115,7 @@ class Account:
     @property
     def trainable(self) -> bool:
         """Whether the parameter is there, and has a gradient to come."""
-        p = self.held
+        p = self.holder.get(self.attribute)
         return p is not None and p.requires_grad
 
     # Forward
@@ -141,6 +142,16 @@ class Account:
         p = self.tensor
         if self._subject is not p or next(reversed(p._backward_hooks)) != self._hooks[0].id:  # type: ignore[arg-type]
             self._follow(p)
+
+    def follow_plainly(self) -> None:
+        """The same where the gradient is compared with nothing, so that other hooks may change it after ours."""
+        p = self.holder.get(self.attribute)
+        if p is not self._subject and p is not None and p.requires_grad:
+            self._follow(p)
+
+    def accumulates(self) -> bool:
+        """Whether the backward pass under way adds to the gradient of what is hooked."""
+        return self._subject is not None and self._subject.requires_grad and will_accumulate(self._subject)
 
     def _follow(self, p: nn.Parameter) -> None:
         if self._subject is not None:
@@ -182,18 +193,14 @@ class Account:
                 steps[generation] = value
         if gradient is not None:
             # An alias: shares storage, so that autograd cannot add another use's gradient to it in place unseen.
-            self._returned.append((gradient.detach(), gradient._version))
-
-    def begin_pass(self) -> None:
-        """A backward pass begins: what leaves returned in an earlier one, cut short, is nothing to compare with."""
-        self._returned.clear()
+            self.returned.append((gradient.detach(), gradient._version))
 
     def _arrives(self, incoming: Tensor | None) -> None:
         """Compares the gradient that reaches the parameter in this pass with what the leaf returned."""
         if incoming is None:  # the layer was reached, and the loss does not depend on it
             return
-        returned, self._returned = self._returned, []
-        plainly = self.handle.lifetime.passes_plainly
+        returned, self.returned = self.returned, []
+        plainly = self.handle.lifetime.arrives(self)
         self._explained = bool(returned) or plainly
         if plainly:
             return
@@ -248,8 +255,8 @@ class Account:
     @property
     def fresh(self) -> bool:
         """Whether the next gradient is the first since zero_grad(), whichever way it zeroed."""
-        gradient = self.parameter.grad
-        return fresh(gradient, untouched(gradient, self.left))
+        gradient = self.holder[self.attribute].grad  # type: ignore[union-attr]
+        return gradient is None or fresh(gradient, untouched(gradient, self.left))
 
     def begin_use(self, backward_pass: int, first_open: int) -> None:
         """The first use of the parameter in a backward pass: does its p.grad go with its statistics?"""

@@ -31,6 +31,9 @@ class Caller:
         if self.handle.probing:
             with self.handle.probing.calling(self.module):
                 return kind.forward(self.module, *args, **kwargs)
-        with self.handle.outermost(self.module, args, kwargs):
+
+        def call() -> Any:
             server = self.module.__dict__[LEAF]  # which the probe may have replaced by a leaf
             return kind.forward(self.module, *args, **kwargs) if server is self else server(kind, args, kwargs)
+
+        return self.handle.outermost(self.module, args, kwargs, call)

@@ -80,11 +80,6 @@ class Handle(Readable):
         self.statistics_dtype: torch.dtype | None = None
         self._names: dict[int, str] = {}  # id of a registered parameter -> its full name
 
-    @property
-    def reads_gradient(self) -> bool:
-        """Whether statistics are read from p.grad too, so that a change of it must be noticed."""
-        return self.loss_scale is None and self.needs_gradient
-
     # What an engine provides
 
     @abstractmethod
@@ -190,7 +185,8 @@ class Handle(Readable):
 
     def note(self, gradient: Tensor) -> Left:
         """What is kept of p.grad after a backward pass."""
-        return Left(gradient, self.reads_gradient, self.follows_clipping)
+        sampled = self.needs_gradient and self.loss_scale is None  # read too, so that every change must be noticed
+        return Left(gradient, sampled, self.follows_clipping)
 
     def note_average(self, parameter: Tensor, begins: bool) -> Left:
         """The same once ranks have averaged p.grad; `begins`: which is the first of its window on this one."""

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from gradstats.account import Account
 from gradstats.caller import LEAF
 from gradstats.errors import CoverageError
 from gradstats.function import Call, Gradients, LeafFunction, Sums, Use, autocast
+from gradstats.graph import accumulator_of
 from gradstats.layout import FIRST, Layout, brought
-from gradstats.lifetime import accumulator_of
 from gradstats.operators import token_of
+from gradstats.plain import PlainForward
 from gradstats.rules import Composite, Rule, alone, fallback
 from gradstats.rules.registry import checked
 
@@ -97,9 +98,14 @@ class Leaf:
         # torch.no_grad() does not: what it returns must be shaped like what the recomputation returns.
         if not torch.is_grad_enabled() and (torch._C._is_fwd_grad_enabled() or not self.handle.forwarding):
             return False
-        held = (account.held for account in self.accounts.values())
-        trainable = [p for p in held if p is not None and p.requires_grad]
-        return bool(trainable) and all(isinstance(p, nn.Parameter) for p in trainable)
+        found = False
+        for account in self.accounts.values():  # every layer of every forward waits for this
+            p = account.holder.get(account.attribute)
+            if p is not None and p.requires_grad:
+                if not isinstance(p, nn.Parameter):
+                    return False
+                found = True
+        return found
 
     # Forward
 
@@ -108,10 +114,13 @@ class Leaf:
         """The module's forward while attached; `kind` is its original class."""
         if self.handle.probing:
             return self.handle.probing.visit(self, kind, args, kwargs)
+        if (plain := self.handle.lifetime.plain_forward) is not None:
+            return plain.call(self, kind, args, kwargs)
         n = self.handle.lifetime.examples
         if n is None:  # the module itself is called from outside
-            with self.handle.outermost(self.module, args, kwargs):
-                return self.module.__dict__[LEAF](kind, args, kwargs)
+            return self.handle.outermost(
+                self.module, args, kwargs, lambda: self.module.__dict__[LEAF](kind, args, kwargs)
+            )
         for name, account in self.tied:
             if self.module.get_parameter(name) is not account.tensor:
                 raise CoverageError(
@@ -208,24 +217,11 @@ class Leaf:
         return output
 
     def _plain(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any], n: int) -> Any:
-        """The module's own forward; hooks on what it returns tell of the backward pass."""
-        if not torch.is_grad_enabled():  # the first forward of reentrant checkpointing; the recomputation has the hooks
-            return kind.forward(self.module, *args, **kwargs)
-        generation = self.handle.lifetime.begin_forward()
-        accounts = [account for account in self.accounts.values() if account.trainable]
-        for account in accounts:
-            account.follow()
-        accumulator = accumulator_of(accounts[0].tensor)
-        output = kind.forward(self.module, *args, **kwargs)
-
-        def reached(gradient: Tensor) -> None:
-            if will_execute(accumulator):
-                self.handle.lifetime.begin_plain(self, accounts, n, generation)
-
-        for o in [output] if isinstance(output, Tensor) else tree_leaves(output):
-            if isinstance(o, Tensor) and o.grad_fn is not None:
-                o.register_hook(reached)
-        return output
+        """The module's own forward, where none of the model is under way that is plain as a whole."""
+        for account in self.accounts.values():
+            account.follow_plainly()
+        lifetime = self.handle.lifetime
+        return PlainForward(lifetime, n, lifetime.begin_forward()).call(self, kind, args, kwargs)
 
     def _apply(
         self,
@@ -316,11 +312,3 @@ class Leaf:
 def no_view(value: Any) -> Any:
     """What may be changed in place after FSDP has put its hook on it, which a view would lose."""
     return value.clone() if isinstance(value, Tensor) and value.requires_grad and value._base is not None else value
-
-
-def will_execute(accumulator: Any) -> bool:
-    """Whether the backward pass under way accumulates there, unlike torch.autograd.grad."""
-    try:
-        return torch._C._will_engine_execute_node(accumulator)
-    except RuntimeError:  # torch.autograd.grad with respect to the leaf
-        return False

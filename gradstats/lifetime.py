@@ -9,8 +9,8 @@ several times.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch.autograd.variable import Variable
 
 from gradstats.distributed.rows import join_rows
 from gradstats.errors import CoverageError, LifetimeError
+from gradstats.graph import in_backward
+from gradstats.plain import PlainForward
 from gradstats.sampling import Sampling, Turns, tell_of_steps
 from gradstats.uses import Uses
 
@@ -54,12 +56,14 @@ class Lifetime:
         self.broken = False  # a pass of this window was cut short, in the midst of its gradients
         self.current = 0  # the generation that it is going through
         self._gathers = True  # whether it gathers
+        self._plainly = False  # whether it goes through a call that gathers nothing, as one without examples does not
         self._tasks: set[int] = set()  # its graph tasks, nested ones included
         self._ended: set[int] = set()  # those of them that have ended
         self._suspicions: list[tuple[int, Account, CoverageError]] = []
         self.root: nn.Module | None = None  # the outermost module whose call is under way
         self.first: Tensor | None = None  # its first tensor, where it is compiled
         self._batch: int | None = None  # examples of the last outermost call
+        self.plain_forward: PlainForward | None = None  # that is under way
         self._uses: dict[Account, tuple[Uses, Tensor | None]] = {}  # by the forward under way, with the first's link
         self._recomputed: dict[Account, tuple[Uses, Tensor | None]] = {}  # the same in a backward pass
 
@@ -74,6 +78,10 @@ class Lifetime:
     def enter(self, module: nn.Module, examples: int) -> None:
         """An outermost call into the attached model begins."""
         self.root, self._batch, self.first = module, examples, None
+        if examples and not self.turns.gathers and self.shards is None:  # there, layers see other parameters one by one
+            self.plain_forward = PlainForward(self, examples, self.begin_forward())
+            for account in self.accounts:
+                account.follow_plainly()
 
     def enter_traced(self, module: nn.Module, first: Tensor) -> None:
         """The same while Dynamo traces, for which a number that changes must be the size of a tensor."""
@@ -82,7 +90,7 @@ class Lifetime:
     def leave(self, module: nn.Module) -> None:
         """The call of `module` ends; not only an outermost one may say so."""
         if module is self.root:
-            self.root = self.first = None
+            self.root = self.first = self.plain_forward = None
             self._uses.clear()
 
     @property
@@ -133,11 +141,6 @@ class Lifetime:
         """Whether the backward pass under way gathers, or the last one did."""
         return self._gathers
 
-    @property
-    def passes_plainly(self) -> bool:
-        """Whether a backward pass is under way that gathers nothing."""
-        return self.started and not self._gathers
-
     def drawn(self, generation: int, n: int, device: torch.device) -> Tensor | None:
         """The examples that sums are over (m,), the same in every layer; None for all n of them."""
         if self.sampling.fraction == 1:
@@ -179,7 +182,7 @@ class Lifetime:
 
     # Backward
 
-    def _reach(self, leaf: Leaf, accounts: Sequence[Account], n: int, generation: int, gathers: bool) -> None:
+    def _reach(self, leaf: Leaf, n: int, generation: int, gathers: bool, plainly: bool) -> None:
         """A leaf's call is reached, before gradients are accumulated."""
         if self.cut_short:
             raise LifetimeError(
@@ -191,7 +194,7 @@ class Lifetime:
             self.started = True
             self.backward_passes += 1
             for account in self.accounts:
-                account.begin_pass()
+                account.returned.clear()  # of an earlier pass, cut short: nothing to compare with
             if all(account.fresh for account in self.accounts if account.trainable):
                 self.zero(keeps=not gathers)
                 self.turns.begin(gathers)
@@ -203,7 +206,7 @@ class Lifetime:
                     if account.generations:
                         account.begin_use(self.backward_passes, self.first_open)
             self.returned, self._begins = False, generation not in self.sizes
-        self.current, self._gathers = generation, gathers
+        self.current, self._gathers, self._plainly = generation, gathers, plainly
         if not gathers:
             self.plain.add(generation)
         if self.shards is not None and generation not in self.sizes:
@@ -215,20 +218,25 @@ class Lifetime:
                 f"dimension of every input must run over the examples. Call the layers from one module's forward, and "
                 f"attach that module."
             )
-        # Now, not when the pass began: until then a hook may have set its gradient, and who is frozen has an old one.
-        for account in accounts:
-            account.begin_use(self.backward_passes, self.first_open)
 
-    def begin_plain(self, leaf: Leaf, accounts: Sequence[Account], n: int, generation: int) -> None:
-        """The same as `begin_backward` for a leaf's call that gathers nothing, as it does not without examples."""
-        self._reach(leaf, accounts, n, generation, gathers=n == 0 and self.turns.gathers)
-        self.returned = True
-        for account in accounts:
-            account.generations.add(generation)
+    def begin_plain(self, leaf: Leaf, n: int, generation: int) -> None:
+        """The same as `begin_backward` for the leaves of a forward that gathers nothing, or for one of them."""
+        self._reach(leaf, n, generation, gathers=n == 0 and self.turns.gathers, plainly=True)
+
+    def arrives(self, account: Account) -> bool:
+        """A gradient arrives at the parameter, and is not accumulated yet: of a pass that gathers nothing?"""
+        if self.started and self._plainly:
+            self.returned = True
+            account.begin_use(self.backward_passes, self.first_open)
+            account.generations.add(self.current)
+        return self.started and not self._gathers
 
     def begin_backward(self, leaf: Leaf, used: Collection[Use], n: int, generation: int) -> None:
         """Called once a leaf's call, before gradients are accumulated."""
-        self._reach(leaf, [use.account for use in used], n, generation, gathers=True)
+        self._reach(leaf, n, generation, gathers=True, plainly=False)
+        # Now, not when the pass began: until then a hook may have set its gradient, and who is frozen has an old one.
+        for account, _, _ in used:
+            account.begin_use(self.backward_passes, self.first_open)
         for account, _, collects in used:
             if not collects:
                 continue
@@ -305,14 +313,3 @@ class Lifetime:
         self.first_open = self.generation
         if errors:
             raise errors[0]
-
-
-def accumulator_of(leaf: Tensor) -> Any:
-    """The node that adds to its gradient; gradients must be enabled. As get_gradient_edge, in a fifth of the time, for
-    which every layer of every forward waits."""
-    return leaf.view_as(leaf).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-
-
-def in_backward() -> bool:
-    """Whether autograd runs a backward pass in this thread."""
-    return torch._C._current_graph_task_id() != -1

@@ -73,7 +73,7 @@ def returned(
     leaf, (generation, n) = _leaves[int(token)], call.tolist()
     accounts = {name: leaf.accounts[name] for name in names.splitlines()}
     if leaf.accumulates() and not gathers:
-        leaf.handle.lifetime.begin_plain(leaf, list(accounts.values()), n, generation)
+        leaf.handle.lifetime.begin_plain(leaf, n, generation)
     elif leaf.accumulates():
         used = {name: Use(account, Uses(account.name, units=n), collects=True) for name, account in accounts.items()}
         # Clones, since the compiler reuses the memory of what is no output of the graph.

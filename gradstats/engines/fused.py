@@ -6,7 +6,7 @@ boundary of a leaf up where a parameter is used outside of its module. Vmap: the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -104,12 +104,11 @@ class FusedHandle(Handle):
         """Whether a forward is under way."""
         return self.probing is not None or self.lifetime.examples is not None
 
-    @contextmanager
-    def outermost(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-        """Around an outermost call."""
+    def outermost(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
+        """call(), an outermost one of `module`."""
         self.begin(module, args, kwargs)
         try:
-            yield
+            return call()
         finally:
             self.lifetime.leave(module)
 

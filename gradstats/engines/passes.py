@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradstats.arguments import ExampleDims, count_examples
 from gradstats.errors import CoverageError, LifetimeError
-from gradstats.lifetime import accumulator_of, in_backward
+from gradstats.graph import accumulator_of, in_backward
 
 if TYPE_CHECKING:
     from gradstats.engines.outside import OutsideHandle

@@ -134,6 +134,64 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     assert stats.gathered and stats.batch_size == 2
 
 
+def test_a_parameter_that_is_replaced():
+    model = network()
+    stats = in_plain_window(model)
+    model[0].weight = nn.Parameter(torch.randn_like(model[0].weight))
+    x, y = batch(2)
+    F.cross_entropy(model(x), y).backward()
+    assert stats.has("0.weight") and not stats.gathered and stats.batch_size == 2
+    model[0].weight.grad.mul_(2)
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(LifetimeError, match="holds more than these statistics have seen"):
+        stats.second_moment["0.weight"]
+
+
+def test_a_graph_that_is_kept_counts_its_own_examples():
+    model = network()
+    stats = in_plain_window(model)
+    (x, y), (other, z) = batch(2), batch(3)
+    loss = F.cross_entropy(model(x), y)
+    loss.backward(retain_graph=True)
+    model.zero_grad()
+    later = F.cross_entropy(model(other), z)
+    loss.backward()
+    assert stats.batch_size == 2
+    later.backward()
+    assert stats.batch_size == 5
+
+
+def test_what_a_layer_does_not_use_ends_no_window():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = (nn.Parameter(torch.rand(5).double()) for _ in range(2))
+
+        def forward(self, x, shifted):
+            return x * self.scale + self.shift if shifted else x * self.scale
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Optional(), nn.Linear(5, 3).double()
+
+        def forward(self, x, shifted):
+            return self.second(self.first(x, shifted))
+
+    model, gathered = Both(), []
+    stats = attach(model, every=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for i in range(4):
+        optimizer.zero_grad()
+        for _ in range(3):
+            x, y = batch(2)
+            F.cross_entropy(model(x, i % 2 == 0), y).backward()
+        assert stats.batch_size == 6
+        gathered.append(stats.gathered)
+        optimizer.step()
+    assert gathered == [True, False, True, False]
+
+
 def test_a_gradient_that_comes_without_a_forward_is_refused():
     model = network()
     stats = in_plain_window(model)
