@@ -20,7 +20,8 @@ from gradstats.distributed.rows import join_rows
 from gradstats.errors import CoverageError, LifetimeError
 from gradstats.graph import in_backward
 from gradstats.plain import PlainForward
-from gradstats.sampling import Sampling, Turns, tell_of_steps
+from gradstats.sampling import Sampling
+from gradstats.turns import Turns, tell_of_steps
 from gradstats.uses import Uses
 
 if TYPE_CHECKING:

@@ -13,3 +13,11 @@ def _reproducible():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(False)  # as experiments leave it otherwise
+
+
+@pytest.fixture
+def nothing_compiled():
+    """By tests before this one, nor by this one for others."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

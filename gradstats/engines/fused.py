@@ -35,10 +35,11 @@ from gradstats.probe import Probe
 from gradstats.reading import ByParameter
 from gradstats.rules import Composite, Rule, fallback, find
 from gradstats.rules.registry import checked, refuse_coupling
-from gradstats.sampling import Sampling, Turns
+from gradstats.sampling import Sampling
 from gradstats.statistics import Wanted
 from gradstats.sums import SUMS
 from gradstats.swap import swap, unswap
+from gradstats.turns import Turns
 
 
 class FusedHandle(Handle):

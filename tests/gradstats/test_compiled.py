@@ -17,35 +17,12 @@ import gradstats
 from experiments.gpt import GPT
 from gradstats import CoverageError, LifetimeError, MissingStatistic, attach
 from gradstats.optim import BatchInvariantAdam
-from tests import layers, oracle
+from tests import compiling, layers, oracle
 
 ALL = ("second_moment", "variance", "norms")
 EXACT = 1e-9  # float64
 B = 6
-# Dynamo makes an instance of a Function where it traces one, and reads .grad of what a graph takes from another.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # Inductor, when it is imported
-]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_yet():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-class Counting:
-    """A backend that counts the graphs it compiles; Dynamo's own counters are shared by all models."""
-
-    def __init__(self, backend: str):
-        self.compile, self.graphs = torch._dynamo.lookup_backend(backend), 0
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return self.compile(graph, inputs)
+pytestmark = compiling.MARKS
 
 
 class Attached(NamedTuple):
@@ -158,7 +135,7 @@ def errors_by_size(problem, dtype, backend):
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, EXACT), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", ["mlp", "convolutions"])
 def test_a_new_batch_size_compiles_at_most_once_more(name, dtype, error):
-    backend = Counting("aot_eager")
+    backend = compiling.Counting()
     assert max(errors_by_size(PROBLEMS[name], dtype, backend)) <= error
     assert backend.graphs <= 2
 
@@ -191,7 +168,7 @@ def test_no_graph_breaks_and_a_graph_that_does_not_grow_with_the_batch(name, loo
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_models_under_inductor(name):
-    backend = Counting("inductor")
+    backend = compiling.Counting("inductor")
     assert max(errors_by_size(PROBLEMS[name], torch.float32, backend)) <= 1e-5
     assert backend.graphs <= 2
 
@@ -383,7 +360,7 @@ class Residual(nn.Module):
 
 
 def test_blocks_compiled_one_by_one_share_their_code():
-    backend = Counting("aot_eager")
+    backend = compiling.Counting()
     model = nn.Sequential(nn.Linear(5, 5), *(Residual() for _ in range(3)), nn.Linear(5, 3)).double()
     pair = attached(copy.deepcopy(model)), attached(model)
     pair[0].stats.probe(torch.randn(B, 5).double())
