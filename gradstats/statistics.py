@@ -47,8 +47,8 @@ class Variance(Statistic):
         b = window.batch_size
         if b < 2:
             raise GradstatsError("the variance over examples needs at least two examples; this batch has one")
-        q = SecondMoment().read(window)
-        s2 = (q - window.mean.square()).mul_(b / (b - 1))
+        q, m = SecondMoment().read(window), window.mean  # new both, and written over: parameters are large
+        s2 = q.sub_(m.square_()).mul_(b / (b - 1))
         return s2.clamp_(min=0) if window.fraction == 1 else s2
 
 

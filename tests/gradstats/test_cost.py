@@ -370,3 +370,11 @@ def test_memory_of_a_step_after_others():
     plain = peak(step)
     attach(model, "second_moment").probe(x)
     assert peak(step) <= plain + 1.1 * sum(p.nbytes for p in model.parameters())
+
+
+def test_memory_of_a_variance_that_is_read():
+    """One beside the result: the mean is squared in place."""
+    model, x = nn.Linear(256, 256, bias=False), torch.randn(8, 256)
+    stats = attach(model, "variance")
+    model(x).square().mean().backward()
+    assert peak((lambda: stats.variance["weight"], lambda: None)) <= 2 * model.weight.nbytes + 64
