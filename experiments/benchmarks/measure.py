@@ -16,7 +16,7 @@ from experiments.benchmarks.stepper import Plain, Stepper
 from experiments.benchmarks.turns import alternate
 from experiments.benchmarks.workloads import Settings, find
 
-WARMUP = 3  # pairs of steps, if they are quick
+WARMUP = 3  # pairs of steps, or of cycles, if they are quick: what the first ones choose and allocate, later ones find
 FEWEST = 2  # measured pairs of steps, unless the one to warm up already takes too long
 SETTLED = 2.0  # times the baseline: the price of what is that slow need not be known any better
 CHECKED = 24  # examples, on which whoever is wrong would be so
@@ -84,8 +84,9 @@ def time_steps(workload: str, contestant: str, settings: Settings, steps: int, s
     stepper.settle()
     begun, fewest = time.perf_counter(), FEWEST
     for i in range(WARMUP):
-        one_step(stepper, settings)
-        one_step(baseline, settings)
+        for _ in range(one.cycle):
+            one_step(stepper, settings)
+            one_step(baseline, settings)
         if time.perf_counter() - begun > seconds:
             fewest = FEWEST if i else 1
             break

@@ -146,14 +146,14 @@ class Counting(Stepper):
 
 
 @pytest.mark.parametrize(
-    ("own", "cycle", "steps", "seconds", "pairs"),
+    ("own", "cycle", "steps", "seconds", "warm", "pairs"),
     [
-        (0.15, 1, 6, 1e9, 6),  # as many as asked for
-        (0.15, 1, 6, 1.4, 2),  # two at least, if the first of them is not too long itself
-        (0.15, 1, 6, 0.0, 1),
-        (0.9, 1, 6, 1e9, 2),  # so slow that two are enough
-        (0.15, 4, 3, 1e9, 3),  # cycles of four
-        (0.15, 4, 3, 0.0, 1),  # of which one has two steps at least
+        (0.15, 1, 6, 1e9, 3, 6),  # as many as asked for
+        (0.15, 1, 6, 1.4, 2, 2),  # two at least, if the first of them is not too long itself
+        (0.15, 1, 6, 0.0, 1, 1),
+        (0.9, 1, 6, 1e9, 3, 2),  # so slow that two are enough
+        (0.15, 4, 3, 1e9, 3, 3),  # cycles of four
+        (0.15, 4, 3, 0.0, 1, 1),  # of which one has two steps at least
     ],
 )
 def test_steps_alternate_with_the_baseline(
@@ -161,6 +161,7 @@ def test_steps_alternate_with_the_baseline(
     cycle: int,
     steps: int,
     seconds: float,
+    warm: int,
     pairs: int,
     settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
@@ -179,6 +180,7 @@ def test_steps_alternate_with_the_baseline(
     assert found["plain"] == pytest.approx([0.1 * cycle] * pairs)
     assert found["seconds"] == pytest.approx([own * cycle] * pairs)
     taken = log[-2 * cycle * pairs :]
+    assert len(log) - len(taken) == 1 + 2 * cycle * warm  # and whole cycles before
     assert log[0] == "settled"
     assert taken[0 : 2 * cycle] == ["own", "plain"] * cycle
     if pairs > 1:
