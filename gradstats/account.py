@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from gradstats.distributed.totals import Totals, unshared
 from gradstats.errors import CoverageError, LifetimeError, MissingStatistic
 from gradstats.gradient import Left, fresh, same_sample, sample, untouched
-from gradstats.graph import will_accumulate
 from gradstats.sums import SUMS, RawSum
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Account:
         self.first = 0  # the first generation that counts
         self.backward_pass = -1
         self.unseen = False  # p.grad holds gradient that the statistics do not
-        self._subject: Tensor | None = None  # the parameter that the hooks are on
+        self.subject: Tensor | None = None  # the parameter that the hooks are on
         self._hooks: list[Any] = []
         self.returned: list[tuple[Tensor, int]] = []  # gradients in the backward under way, with their versions
         self.left: Left | None = None  # p.grad when it was last accumulated
@@ -140,24 +139,20 @@ class Account:
     def follow(self) -> None:
         """Hooks the parameter: it may have been replaced since the last use, or hooked by others after us."""
         p = self.tensor
-        if self._subject is not p or next(reversed(p._backward_hooks)) != self._hooks[0].id:  # type: ignore[arg-type]
+        if self.subject is not p or next(reversed(p._backward_hooks)) != self._hooks[0].id:  # type: ignore[arg-type]
             self._follow(p)
 
     def follow_plainly(self) -> None:
         """The same where the gradient is compared with nothing, so that other hooks may change it after ours."""
         p = self.holder.get(self.attribute)
-        if p is not self._subject and p is not None and p.requires_grad:
+        if p is not self.subject and p is not None and p.requires_grad:
             self._follow(p)
 
-    def accumulates(self) -> bool:
-        """Whether the backward pass under way adds to the gradient of what is hooked."""
-        return self._subject is not None and self._subject.requires_grad and will_accumulate(self._subject)
-
     def _follow(self, p: nn.Parameter) -> None:
-        if self._subject is not None:
+        if self.subject is not None:
             self.handle.check_sharding()
         self.close()
-        self._subject = p
+        self.subject = p
         # Weak, since Python's collector does not see through this kind of hook: the model would never be freed.
         own = weakref.ref(self)
 
@@ -358,7 +353,7 @@ class Account:
         for s in self.shadows.values():
             s.grad = None
         self.steps.clear()
-        if self._subject is None:  # not used on this rank yet, whose optimizer moves it nevertheless
+        if self.subject is None:  # not used on this rank yet, whose optimizer moves it nevertheless
             self.handle.register(self.parameter, self.name)
         begins = not self.generations
         self.generations.add(generation)
@@ -373,4 +368,4 @@ class Account:
         """Takes the hooks off the parameter."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._subject = [], None
+        self._hooks, self.subject = [], None

@@ -218,8 +218,6 @@ class Leaf:
 
     def _plain(self, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any], n: int) -> Any:
         """The module's own forward, where none of the model is under way that is plain as a whole."""
-        for account in self.accounts.values():
-            account.follow_plainly()
         lifetime = self.handle.lifetime
         return PlainForward(lifetime, n, lifetime.begin_forward()).call(self, kind, args, kwargs)
 

@@ -65,6 +65,7 @@ class Lifetime:
         self.first: Tensor | None = None  # its first tensor, where it is compiled
         self._batch: int | None = None  # examples of the last outermost call
         self.plain_forward: PlainForward | None = None  # that is under way
+        self.reached: PlainForward | None = None  # that the backward pass goes through
         self._uses: dict[Account, tuple[Uses, Tensor | None]] = {}  # by the forward under way, with the first's link
         self._recomputed: dict[Account, tuple[Uses, Tensor | None]] = {}  # the same in a backward pass
 
@@ -79,10 +80,8 @@ class Lifetime:
     def enter(self, module: nn.Module, examples: int) -> None:
         """An outermost call into the attached model begins."""
         self.root, self._batch, self.first = module, examples, None
-        if examples and not self.turns.gathers and self.shards is None:  # there, layers see other parameters one by one
+        if examples and not self.turns.gathers and self.shards is None:  # whose parameters are there layer by layer
             self.plain_forward = PlainForward(self, examples, self.begin_forward())
-            for account in self.accounts:
-                account.follow_plainly()
 
     def enter_traced(self, module: nn.Module, first: Tensor) -> None:
         """The same while Dynamo traces, for which a number that changes must be the size of a tensor."""
@@ -179,7 +178,12 @@ class Lifetime:
 
     def new_examples(self) -> None:
         """Forwards from here on have a generation of their own."""
+        self._advance()
+
+    def _advance(self) -> None:
         self.generation += 1
+        if self.plain_forward is not None:
+            self.plain_forward = PlainForward(self, self.plain_forward.examples, self.generation)
 
     # Backward
 
@@ -207,7 +211,7 @@ class Lifetime:
                     if account.generations:
                         account.begin_use(self.backward_passes, self.first_open)
             self.returned, self._begins = False, generation not in self.sizes
-        self.current, self._gathers, self._plainly = generation, gathers, plainly
+        self.current, self._gathers, self._plainly, self.reached = generation, gathers, plainly, None
         if not gathers:
             self.plain.add(generation)
         if self.shards is not None and generation not in self.sizes:
@@ -227,10 +231,14 @@ class Lifetime:
     def arrives(self, account: Account) -> bool:
         """A gradient arrives at the parameter, and is not accumulated yet: of a pass that gathers nothing?"""
         if self.started and self._plainly:
-            self.returned = True
-            account.begin_use(self.backward_passes, self.first_open)
-            account.generations.add(self.current)
+            self.use_plainly(account)
         return self.started and not self._gathers
+
+    def use_plainly(self, account: Account) -> None:
+        """A gradient is to be accumulated by a call that gathers nothing."""
+        self.returned = True
+        account.begin_use(self.backward_passes, self.first_open)
+        account.generations.add(self.current)
 
     def begin_backward(self, leaf: Leaf, used: Collection[Use], n: int, generation: int) -> None:
         """Called once a leaf's call, before gradients are accumulated."""
@@ -310,7 +318,7 @@ class Lifetime:
         if self.started:
             self.turns.close()
         self.started = False
-        self.generation += 1
+        self._advance()
         self.first_open = self.generation
         if errors:
             raise errors[0]

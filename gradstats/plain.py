@@ -12,31 +12,46 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gradstats.graph import will_accumulate
+
 if TYPE_CHECKING:
+    from gradstats.account import Account
     from gradstats.leaf import Leaf
     from gradstats.lifetime import Lifetime
 
 
 class PlainForward:
-    """Of `examples`, as far as it has come."""
+    """Of `examples`, as far as it has come since others might have been declared new."""
 
     def __init__(self, lifetime: Lifetime, examples: int, generation: int):
         self.lifetime, self.examples, self.generation = lifetime, examples, generation
-        self.leaves: list[Leaf] = []
+        self._leaf: Leaf | None = None
+        self._used: list[tuple[Account, Tensor]] = []
+        self._elsewhere = -1  # a graph task that accumulates into none of these
 
     def call(self, leaf: Leaf, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The layer's own forward, of the class `kind`."""
+        for account in leaf.accounts.values():
+            account.follow_plainly()
         output = kind.forward(leaf.module, *args, **kwargs)
         if torch.is_grad_enabled():  # not in the first forward of reentrant checkpointing; the recomputation has hooks
-            self.leaves.append(leaf)
+            self._leaf = leaf
+            self._used += [(a, a.subject) for a in leaf.accounts.values() if a.subject is not None]
             for o in [output] if isinstance(output, Tensor) else tree_leaves(output):
                 if isinstance(o, Tensor) and o.grad_fn is not None:
                     o.grad_fn.register_prehook(self._reached)
         return output
 
     def _reached(self, gradients: tuple[Tensor | None, ...]) -> None:
-        lifetime = self.lifetime
-        if lifetime.started and lifetime.current == self.generation:
+        lifetime, task = self.lifetime, torch._C._current_graph_task_id()
+        if (lifetime.started and lifetime.reached is self) or task == self._elsewhere:
             return
-        if any(account.accumulates() for leaf in self.leaves for account in leaf.accounts.values()):
-            lifetime.begin_plain(self.leaves[-1], self.examples, self.generation)
+        if not any(p.requires_grad and will_accumulate(p) for _, p in self._used):
+            self._elsewhere = task
+            return
+        assert self._leaf is not None
+        lifetime.begin_plain(self._leaf, self.examples, self.generation)
+        lifetime.reached = self
+        for account, p in self._used:
+            if account.subject is not p:  # its hooks are on another one by now
+                lifetime.use_plainly(account)

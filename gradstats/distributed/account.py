@@ -59,7 +59,7 @@ class ShardedAccount(Account):
         return found
 
     def _follow(self, p: nn.Parameter) -> None:
-        if self._subject is None and p.grad is not None:  # older than attach
+        if self.subject is None and p.grad is not None:  # older than attach
             self.waiting = self.unseen = True
         super()._follow(p)
         reduced = weakref.WeakMethod(self._reduced)

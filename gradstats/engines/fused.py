@@ -107,8 +107,8 @@ class FusedHandle(Handle):
 
     def outermost(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
         """call(), an outermost one of `module`."""
-        self.begin(module, args, kwargs)
         try:
+            self.begin(module, args, kwargs)
             return call()
         finally:
             self.lifetime.leave(module)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradstats import LifetimeError, attach
+from gradstats import CoverageError, LifetimeError, attach, graph, plain
 
 B = 4
 
@@ -277,3 +277,113 @@ def test_frozen_parts_that_see_other_rows():
         optimizer.step()
         counts.append(stats.batch_size)
     assert counts == [B, B, B]
+
+
+def test_two_forwards_of_other_sizes_that_are_not_declared_new():
+    model = network()
+    in_plain_window(model)
+    losses = [F.cross_entropy(model(x), y) for x, y in (batch(2), batch(3))]
+    with pytest.raises(CoverageError, match="saw 2 examples where the layers before it in this backward pass saw 3"):
+        sum(losses).backward()
+
+
+def test_new_examples_within_a_forward():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            first = self.encoder(x)
+            stats.new_examples()
+            return first - self.encoder(x.cos())
+
+    model, counts = Siamese(), []
+    stats = attach(model, every=2)
+    for _ in range(4):
+        model.zero_grad()
+        model(batch(2)[0]).square().mean().backward()
+        counts.append((stats.gathered, stats.batch_size))
+    assert counts == [(True, 4), (False, 4)] * 2
+
+
+@pytest.mark.parametrize("kind", ["computed", "leaves", "parameters"])
+def test_functional_calls_between_forward_and_backward(kind):
+    model = network()
+    stats, gathered = attach(model, every=2), []
+    for i in range(4):
+        model.zero_grad()
+        x, y = batch(2 + i)
+        loss = F.cross_entropy(model(x), y)
+        others = {name: 2 * p.detach() for name, p in model.named_parameters()}
+        if kind == "computed":
+            others = {name: 2 * p for name, p in model.named_parameters()}
+        elif kind == "parameters":
+            others = {name: nn.Parameter(p) for name, p in others.items()}
+        else:
+            others = {name: p.requires_grad_() for name, p in others.items()}
+        if i % 2:
+            torch.func.functional_call(model, others, x).sum()
+        loss.backward()
+        gathered.append(stats.gathered)
+        assert stats.batch_size == 2 + i
+    assert gathered == [True, False, True, False]
+
+
+def test_what_is_used_outside_of_its_layer_only_is_not_followed():
+    model = nn.ModuleDict({"front": nn.Linear(5, 5), "body": network()}).double()
+    stats, gathered = attach(model, every=2), []
+    optimizer = torch.optim.SGD(model["body"].parameters(), lr=0.1)
+    for _ in range(4):  # the gradient of the front is kept
+        x, y = batch()
+        optimizer.zero_grad()
+        F.cross_entropy(model["body"](x @ model["front"].weight.T), y).backward()
+        optimizer.step()
+        gathered.append(stats.gathered)
+    assert gathered == [True, False, True, False] and not stats.has("front.weight")
+
+
+def test_a_layer_that_is_unfrozen_within_the_forward():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 5).double(), nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            self.second.requires_grad_(x.shape[0] == 2)
+            return self.second(self.first(x))
+
+    model = Late()
+    model.second.requires_grad_(False)
+    stats = attach(model, every=10**6)
+    for n in (3, 2):
+        model.zero_grad()
+        x, y = batch(n)
+        F.cross_entropy(model(x), y).backward()
+    assert not stats.gathered and stats.has("second.weight")
+
+
+def test_what_autograd_grad_asks_does_not_grow_with_the_square_of_the_depth(monkeypatch):
+    asked = []
+    monkeypatch.setattr(plain, "will_accumulate", lambda p: asked.append(p) or graph.will_accumulate(p))
+    model = network(depth=20)
+    in_plain_window(model)
+    x, y = batch()
+    torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    assert len(asked) == len(list(model.parameters()))
+
+
+def test_a_call_that_is_refused_leaves_nothing_behind(monkeypatch):
+    model = network()
+    stats = in_plain_window(model)
+
+    def refuse(*_):
+        raise RuntimeError("refused")
+
+    x, y = batch(3)
+    with monkeypatch.context() as context:
+        context.setattr(type(stats.lifetime), "begin_forward", refuse)
+        with pytest.raises(RuntimeError, match="refused"):
+            model(batch(2)[0])
+    F.cross_entropy(model(x), y).backward()
+    assert stats.batch_size == 3
