@@ -42,12 +42,16 @@ def knows(update: Update) -> bool:
     if not isinstance(update, AdamUpdate):
         return False
     moment = update.moment
+    if moment.floored and (moment.misses or moment.waits):  # two bounds, or an average of squares that are not there
+        return False
     kept = Moment(
         moment.reads,
         partner=moment.partner,
         floored=moment.floored and moment.reads,
         infinite=moment.infinite,
         remembers=moment.remembers,
+        waits=moment.waits,
+        misses=moment.misses,
     )
     known = (moment.partner, moment.remembers) in PARTNERS
     return known and update == AdamUpdate(kept, statistics=update.statistics)
@@ -75,8 +79,10 @@ def step(update: Update, phase: Phase, columns: Mapping[str, Sequence[Tensor]], 
             addresses.extend(map(address, column))
         else:
             return False
+    if moment.waits:
+        scalars = {**scalars, "product": 0.0, "w2": 0.0}  # v = 0, which s does not move to
     numbers = array("d", [scalars.get(name, 1.0) for name in SCALARS])
-    bound = 1 if moment.floored else 2 if moment.infinite else 0
+    bound = 1 if moment.floored else 2 if moment.infinite or moment.misses else 0
     options = PHASES[phase], PARTNERS[moment.partner, moment.remembers], bound, "sum_of_squares" in columns
     tables = count, addresses.buffer_info()[0], numbers.buffer_info()[0]
     return bool(kernels.adam(*options, *tables, torch.get_num_threads(), GRAIN))

@@ -142,7 +142,7 @@ class ExampleOptimizer(Optimizer):
             return self.compiled, f"compiled ({names})" if self.compiled else f"{plain} (compiled=False)"
         size = sum(p.numel() for group in self.param_groups for p in group["params"])
         if size < WORTH_COMPILING:
-            return False, f"{plain} ({size:,} elements are too few to be worth compiling)"
+            return False, f"{plain} ({size:,} elements are too few to compile this equation for)"
         if not all(found.values()):
             return False, f"{plain} (no compiler was found)"
         return True, f"compiled ({names})"

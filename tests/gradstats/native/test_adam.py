@@ -37,13 +37,22 @@ SCALARS = {
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3}
 UPDATES = [
     AdamUpdate(
-        Moment(reads, partner=partner, floored=floored, infinite=infinite, remembers=remembers),
-        statistics=("second_moment",) if reads else (),
+        Moment(
+            reads,
+            partner=partner,
+            floored=floored,
+            infinite=infinite,
+            remembers=remembers,
+            misses=part > 0,
+            waits=part > 1,
+        ),
+        statistics=("second_moment",) if reads and part < 2 else (),
     )
-    for reads, (partner, remembers), floored, infinite in product(
-        (False, True), adam.PARTNERS, (False, True), (False, True)
+    # Of all that is seen, of a part of it, and of a batch that is not gathered.
+    for reads, (partner, remembers), floored, infinite, part in product(
+        (False, True), adam.PARTNERS, (False, True), (False, True), range(3)
     )
-    if not (floored and (infinite or not reads))
+    if not (floored and (infinite or part or not reads))
 ]
 PHASES = (("both",), ("averages", "move"))
 
@@ -153,10 +162,10 @@ def test_what_is_not_as_it_is_wanted_is_left(name, spoil):
     assert all(torch.equal(column[0], t) for column, t in zip(found.values(), before, strict=True))
 
 
-@pytest.mark.parametrize("field", ["signed", "waits", "misses"])
-def test_other_equations_are_left_to_the_others(field):
-    update = UPDATES[0]
-    assert not adam.knows(replace(update, moment=replace(update.moment, **{field: True})))
+@pytest.mark.parametrize("fields", [("signed",), ("floored", "waits"), ("floored", "misses")], ids=" ".join)
+def test_other_equations_are_left_to_the_others(fields):
+    update = next(update for update in UPDATES if update.moment == Moment(True))
+    assert not adam.knows(replace(update, moment=replace(update.moment, **dict.fromkeys(fields, True))))
     assert not adam.knows(replace(update, amsgrad=True)) and not adam.knows(replace(update, denominator="slides"))
     assert not adam.knows(replace(update, coupled=True))
     switched = Moment(True, partner="exp_avg", remembers=True)  # from the estimator "previous" to "running_average"
@@ -183,6 +192,39 @@ def test_the_kernel_goes_on_after_a_short_batch(monkeypatch):
         finals.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert stepped == [True] * 6
     torch.testing.assert_close(*finals, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "reference"), [({"every": 3}, 4), ({"fraction": 0.5}, 4), ({"every": 2}, float("inf"))]
+)
+def test_statistics_of_a_part(options, reference, monkeypatch):
+    stepped, step = [], adam.step
+    monkeypatch.setattr(adam, "step", lambda *arguments: stepped.append(step(*arguments)) or stepped[-1])
+    finals = []
+    for compiled in (None, False):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2).double()
+        attach(model, **options)
+        optimizer = BatchInvariantAdam(
+            model.parameters(), lr=0.1, batch_size=4, reference_batch_size=reference, compiled=compiled
+        )
+        for _ in range(7):
+            optimizer.zero_grad()
+            model(torch.randn(8, 3, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+            assert optimizer.path.startswith("native kernel") == (compiled is None)
+        finals.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert stepped == [True] * 7
+    torch.testing.assert_close(*finals, rtol=1e-12, atol=1e-12)
+
+
+def test_what_overflows_where_nothing_is_gathered_is_no_part_of_the_average():
+    update = next(update for update in UPDATES if update.moment.waits and not update.moment.infinite)
+    found = columns(update, [5])
+    found["gradient"][0].fill_(1e30)  # whose square is inf
+    before = found["exp_avg_sq"][0].clone()
+    assert adam.step(update, "both", found, SCALARS)
+    assert torch.equal(found["exp_avg_sq"][0], before)
 
 
 def test_where_it_is_not_used(monkeypatch):
