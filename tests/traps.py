@@ -328,7 +328,7 @@ TRAPS: dict[int, Trap] = {
     ),
     15: Trap("variance as a difference of two large numbers"),  # test_traps.py, in float32
     16: Trap(
-        "data parallel (ranks are not covered yet): the wrapper is a module as any other",
+        "data parallel: the wrapper is a module as any other",
         {"DataParallel on one device": Case(lambda: nn.DataParallel(sequential()), floats(3, 4))},
         (test_adversary.test_functional_call_leaves_no_trace,),  # as a replica's tensors, those are no parameters
     ),

@@ -158,7 +158,8 @@ def of_examples(need: str, found: Tensor, whole: Tensor, b: int, m: int) -> Tens
     if m < 2:
         raise GradstatsError(
             f"{need!r} of single examples cannot be told from one micro-batch of {b}: backpropagate two at least "
-            f"between zero_grad() and reading (each loss divided by their number), or use engine='fused'"
+            f"between zero_grad() and reading (each loss divided by their number), or, unless it has BatchNorm or the "
+            f"like, use engine='fused'"
         )
     if need == SQUARED_NORMS.name:
         found, whole = found.sum(), whole.sum()
