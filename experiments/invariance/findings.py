@@ -105,7 +105,7 @@ def _notes(analysis: Analysis) -> list[Finding]:
             f"of {floor:.3g}; over batch sizes it is {point.score[method]:.3g}."
         )
     if len(analysis.comparison.score_batch_sizes) > 2:
-        told.append(_limit(analysis, method))
+        told += [_limit(analysis, method), _range(analysis, method)]
     if grid.diverged.any():
         counts = grid.diverged.sum(axis=(1, 2, 3))
         table = ", ".join(f"{label} {count}" for label, count in zip(grid.labels, counts, strict=True) if count)
@@ -135,6 +135,18 @@ def _limit(analysis: Analysis, method: int) -> str:
     return (
         f"Of all batch sizes, B = {left_out} adds most to the score: at the tuned lr, without it, that of "
         f"{grid.labels[method]} is {ours}, and that of {grid.labels[best]} {other}."
+    )
+
+
+def _range(analysis: Analysis, method: int) -> str:
+    """How far invariance reaches: the score over the smallest two batch sizes, three, and so on."""
+    sizes, every = sorted(analysis.comparison.score_batch_sizes), np.arange(len(analysis.grid.methods))
+    up_to = {sizes[i]: scores(analysis.grid, sizes[: i + 1])[every, analysis.tuned] for i in range(1, len(sizes))}
+    ours = ", ".join(f"{score[method]:.3g} up to {size}" for size, score in up_to.items())
+    lowest = ", ".join(f"{score[analysis.baselines].min():.3g}" for score in up_to.values())
+    return (
+        f"From B = {sizes[0]} on, at the tuned lr, the score of {analysis.grid.labels[method]} is {ours}; the lowest "
+        f"of a baseline's is {lowest}."
     )
 
 

@@ -52,6 +52,20 @@ def test_the_batch_size_that_limits_the_score_is_named():
     assert kept < 0.1 * found.point.score[0] and "that of Square root" in limit
 
 
+def test_how_far_invariance_reaches():
+    records = study()
+    for record in records:
+        if record.batch_size == 64 and record.method == "ours":
+            record.train_loss = [2 * loss for loss in record.train_loss]
+    found = analyse(records, COMPARISON)
+    (told,) = [finding.sentence for finding in findings(found) if "up to 16" in finding.sentence]
+    near, far = (
+        scores(found.grid, sizes)[np.arange(len(found.tuned)), found.tuned] for sizes in ([1, 4, 16], [1, 4, 16, 64])
+    )
+    assert f"{near[0]:.3g} up to 16, {far[0]:.3g} up to 64" in told and far[0] > 5 * near[0]
+    assert told.endswith(f"{near[found.baselines].min():.3g}, {far[found.baselines].min():.3g}.")
+
+
 def test_ours_worse_than_the_baselines_does_not_hold():
     worse = dataclasses.replace(COMPARISON, ours=("adam",), reference="ours")
     assert set(verdicts(analyse(study(), worse)).values()) == {"does not hold", "holds"}
