@@ -12,20 +12,7 @@ from torch import nn
 from gradstats import GradstatsError, attach
 from gradstats.sampling import Sampling
 from tests import compiling, oracle
-
-B = 6
-
-
-def network():
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-
-
-def batch(n=B):
-    return torch.randn(n, 5).double(), torch.randint(0, 3, (n,))
-
-
-def step(model, x, y):
-    F.cross_entropy(model(x), y).backward()
+from tests.gradstats.test_turns import batch, network, step
 
 
 @dataclass(frozen=True)
