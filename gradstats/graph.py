@@ -20,6 +20,8 @@ def accumulator_of(leaf: Tensor) -> Any:
 
 def will_accumulate(leaf: Tensor) -> bool:
     """Whether the backward pass under way reaches the leaf and adds to its gradient, unlike torch.autograd.grad."""
+    if not leaf.requires_grad:
+        return False
     with torch.enable_grad():
         node = accumulator_of(leaf)
     try:

@@ -286,8 +286,8 @@ class Handle(Readable):
             if (alias := self.alias_of(key)) is not None:
                 return alias
             near = difflib.get_close_matches(key, self.parameters(), n=3)
-            known = f"did you mean {near}?" if near else f"it has {list(self.parameters())[:10]}"
-            raise MissingStatistic(f"no parameter '{key}' in the attached model: {known}")
+            hint = f"did you mean {near}?" if near else f"it has {list(self.parameters())[:10]}"
+            raise MissingStatistic(f"no parameter '{key}' in the attached model: {hint}")
         if (known := self.registered(key)) is not None:
             return known
         for name, p in self.parameters().items():

@@ -46,12 +46,12 @@ class PlainForward:
         lifetime, task = self.lifetime, torch._C._current_graph_task_id()
         if (lifetime.started and lifetime.reached is self) or task == self._elsewhere:
             return
-        if not any(p.requires_grad and will_accumulate(p) for _, p in self._used):
+        if not any(will_accumulate(p) for _, p in self._used):
             self._elsewhere = task
             return
         assert self._leaf is not None
         lifetime.begin_plain(self._leaf, self.examples, self.generation)
         lifetime.reached = self
         for account, p in self._used:
-            if account.subject is not p:  # its hooks are on another one by now
+            if account.subject is not p and will_accumulate(p):  # its hooks are on another one by now
                 lifetime.use_plainly(account)

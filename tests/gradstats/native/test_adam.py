@@ -174,48 +174,36 @@ def test_other_equations_are_left_to_the_others(fields):
     assert not adam.knows(rmsprop.update(rmsprop.param_groups[0], 1, {}))
 
 
-def test_the_kernel_goes_on_after_a_short_batch(monkeypatch):
-    """The last of an epoch, say: from there on q~ and m' are kept, at full batches too."""
+def check_training(monkeypatch, batches, attached=None, **options):
+    """All steps are the kernel's, and parameters end where plain torch has them."""
     stepped, step = [], adam.step
     monkeypatch.setattr(adam, "step", lambda *arguments: stepped.append(step(*arguments)) or stepped[-1])
     finals = []
     for compiled in (None, False):
         torch.manual_seed(0)
         model = nn.Linear(3, 2).double()
-        attach(model)
-        optimizer = BatchInvariantAdam(model.parameters(), lr=0.1, batch_size=8, compiled=compiled)
-        for b in (8, 8, 5, 8, 8, 8):
+        attach(model, **(attached or {}))
+        optimizer = BatchInvariantAdam(model.parameters(), lr=0.1, compiled=compiled, **options)
+        for b in batches:
             optimizer.zero_grad()
             model(torch.randn(b, 3, dtype=torch.float64)).square().mean().backward()
             optimizer.step()
             assert optimizer.path.startswith("native kernel") == (compiled is None)
         finals.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert stepped == [True] * 6
+    assert stepped == [True] * len(batches)
     torch.testing.assert_close(*finals, rtol=1e-12, atol=1e-12)
+
+
+def test_the_kernel_goes_on_after_a_short_batch(monkeypatch):
+    """The last of an epoch, say: from there on q~ and m' are kept, at full batches too."""
+    check_training(monkeypatch, (8, 8, 5, 8, 8, 8), batch_size=8)
 
 
 @pytest.mark.parametrize(
-    ("options", "reference"), [({"every": 3}, 4), ({"fraction": 0.5}, 4), ({"every": 2}, float("inf"))]
+    ("attached", "reference"), [({"every": 3}, 4), ({"fraction": 0.5}, 4), ({"every": 2}, float("inf"))]
 )
-def test_statistics_of_a_part(options, reference, monkeypatch):
-    stepped, step = [], adam.step
-    monkeypatch.setattr(adam, "step", lambda *arguments: stepped.append(step(*arguments)) or stepped[-1])
-    finals = []
-    for compiled in (None, False):
-        torch.manual_seed(0)
-        model = nn.Linear(3, 2).double()
-        attach(model, **options)
-        optimizer = BatchInvariantAdam(
-            model.parameters(), lr=0.1, batch_size=4, reference_batch_size=reference, compiled=compiled
-        )
-        for _ in range(7):
-            optimizer.zero_grad()
-            model(torch.randn(8, 3, dtype=torch.float64)).square().mean().backward()
-            optimizer.step()
-            assert optimizer.path.startswith("native kernel") == (compiled is None)
-        finals.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert stepped == [True] * 7
-    torch.testing.assert_close(*finals, rtol=1e-12, atol=1e-12)
+def test_statistics_of_a_part(attached, reference, monkeypatch):
+    check_training(monkeypatch, (8,) * 7, attached, batch_size=4, reference_batch_size=reference)
 
 
 def test_what_overflows_where_nothing_is_gathered_is_no_part_of_the_average():
