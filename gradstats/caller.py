@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gradstats.graph import differentiates
+
 if TYPE_CHECKING:
     from gradstats.engines.fused import FusedHandle
 
@@ -22,7 +24,7 @@ class Caller:
 
     @property
     def active(self) -> bool:
-        return self.handle.probing is not None or self.handle.outside
+        return self.handle.probing is not None or (differentiates() and self.handle.outside(self.module))
 
     # What Dynamo cannot trace runs here; its bookkeeping must not be traced by itself.
     @partial(torch.compiler.disable, recursive=False)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradstats.caller import Caller
 from gradstats.errors import CoverageError
-from gradstats.function import autocast_dtype, cast, no_autocast
+from gradstats.function import autocast_dtype, cast, changeable, no_autocast
 from gradstats.layout import FIRST, brought
 from gradstats.operators import opened, reduce, returned
 from gradstats.rules import Rule
@@ -56,7 +56,8 @@ class CompiledLeafFunction(torch.autograd.Function):
         ctx.constants = constants
         ctx.dtypes = [None if p is None else p.dtype for p in own.values()]
         ctx.save_for_backward(token, call, *saved)
-        return y
+        kept = *saved, *tensors
+        return changeable(y, kept) if isinstance(y, Tensor) else tuple([changeable(o, kept) for o in y])
 
     @staticmethod
     def backward(ctx, *d: Tensor):

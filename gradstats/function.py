@@ -74,11 +74,12 @@ class LeafFunction(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
+        kept = *saved, *tensors
         if not isinstance(y, tuple):
             ctx.outputs = ()
-            return y, torch.zeros(())
+            return changeable(y, kept), torch.zeros(())
         ctx.outputs = [(o.shape, o.dtype, o.device) for o in y]
-        return *y, torch.zeros(())
+        return *(changeable(o, kept) for o in y), torch.zeros(())
 
     @staticmethod
     def backward(ctx, *d: Tensor | None):
@@ -109,6 +110,17 @@ def differentiated(ctx, *d: Tensor | None) -> tuple[Tensor | None, ...]:
         call.leaf.record(call.used, call.generation, gradients, unshadowed)
     returned = *grad_input, *map(gradients.get, call.names)
     return None, *map(sums.get, call.slots), *(None,) * call.links, *returned, None
+
+
+def changeable(y: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:
+    """The output as one that may be changed in place, which autograd allows of no view that one of several outputs is.
+
+    Such is that of a Linear with positions. What it is a view of is forgotten, unless it is among what is `kept`.
+    """
+    base = y._base
+    if base is None or any(t is not None and (t is base or t._base is base) for t in kept):
+        return y
+    return y.data
 
 
 def filled(outputs: list[tuple[Any, ...]], d: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

@@ -13,6 +13,17 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def differentiates() -> bool:
+    """Whether a backward pass may go through a forward that runs now, or through what recomputes it.
+
+    Reentrant checkpointing runs the first forward without gradients, inside of an autograd Function: what it returns
+    must be shaped like what the recomputation returns.
+    """
+    if torch.is_grad_enabled():
+        return True
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
 def accumulator_of(leaf: Tensor) -> Any:
     """The node that adds to its gradient; gradients must be enabled. As get_gradient_edge, in a fifth of the time."""
     return leaf.view_as(leaf).grad_fn.next_functions[0][0]  # type: ignore[union-attr]

@@ -21,7 +21,7 @@ from gradstats.account import Account
 from gradstats.caller import LEAF
 from gradstats.errors import CoverageError
 from gradstats.function import Call, Gradients, LeafFunction, Sums, Use, autocast
-from gradstats.graph import accumulator_of
+from gradstats.graph import accumulator_of, differentiates
 from gradstats.layout import FIRST, Layout, brought
 from gradstats.operators import token_of
 from gradstats.plain import PlainForward
@@ -94,9 +94,7 @@ class Leaf:
     @property
     def active(self) -> bool:
         """Whether statistics are wanted of this call; not under functional_call, whose tensors are no parameters."""
-        # Reentrant checkpointing runs the first forward without gradients, but inside of an autograd Function, which
-        # torch.no_grad() does not: what it returns must be shaped like what the recomputation returns.
-        if not torch.is_grad_enabled() and (torch._C._is_fwd_grad_enabled() or not self.handle.forwarding):
+        if not differentiates():
             return False
         found = False
         for account in self.accounts.values():  # every layer of every forward waits for this
@@ -117,7 +115,7 @@ class Leaf:
         if (plain := self.handle.lifetime.plain_forward) is not None:
             return plain.call(self, kind, args, kwargs)
         n = self.handle.lifetime.examples
-        if n is None:  # the module itself is called from outside
+        if n is None or self.handle.lifetime.recomputes(self.module):  # the module itself is called from outside
             return self.handle.outermost(
                 self.module, args, kwargs, lambda: self.module.__dict__[LEAF](kind, args, kwargs)
             )

@@ -9,6 +9,7 @@ several times.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ class Lifetime:
         self._ended: set[int] = set()  # those of them that have ended
         self._suspicions: list[tuple[int, Account, CoverageError]] = []
         self.root: nn.Module | None = None  # the outermost module whose call is under way
+        self._recomputable: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # outermost ones under checkpointing
         self.first: Tensor | None = None  # its first tensor, where it is compiled
         self._batch: int | None = None  # examples of the last outermost call
         self.plain_forward: PlainForward | None = None  # that is under way
@@ -86,6 +88,19 @@ class Lifetime:
     def enter_traced(self, module: nn.Module, first: Tensor) -> None:
         """The same while Dynamo traces, for which a number that changes must be the size of a tensor."""
         self.root, self._batch, self.first = module, None, first
+
+    def note_recomputation(self, module: nn.Module) -> None:
+        """Before an outermost call: is it under checkpointing, so that a backward pass may make it again?"""
+        if in_backward():
+            return
+        if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            self._recomputable.discard(module)
+        else:
+            self._recomputable.add(module)
+
+    def recomputes(self, module: nn.Module) -> bool:
+        """Whether a call of `module` now is an outermost one that a backward pass makes again."""
+        return self.root is None and module in self._recomputable and in_backward()
 
     def leave(self, module: nn.Module) -> None:
         """The call of `module` ends; not only an outermost one may say so."""

@@ -147,6 +147,9 @@ LAYERS: dict[str, Row] = {
     "linear, in-place activation": Row(
         lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 2)), floats(4)
     ),
+    "linear, positions and in-place activation": Row(
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 2)), floats(3, 4)
+    ),
     "linear, forward overridden": Row(lambda: ScaledLinear(4, 3), floats(4)),
     "linear, non-contiguous": Row(lambda: nn.Linear(4, 3), lambda: torch.randn(4, 6, B).permute(2, 1, 0)),
     "embedding": Row(lambda: nn.Embedding(7, 4), ids(6)),

@@ -40,6 +40,7 @@ from gradstats.statistics import Wanted
 from gradstats.sums import SUMS
 from gradstats.swap import swap, unswap
 from gradstats.turns import Turns
+from gradstats.watch import unsaved
 
 
 class FusedHandle(Handle):
@@ -95,15 +96,9 @@ class FusedHandle(Handle):
 
     # Calls
 
-    @property
-    def outside(self) -> bool:
-        """Whether a call now would be an outermost one."""
-        return self.lifetime.examples is None and torch.is_grad_enabled()
-
-    @property
-    def forwarding(self) -> bool:
-        """Whether a forward is under way."""
-        return self.probing is not None or self.lifetime.examples is not None
+    def outside(self, module: nn.Module) -> bool:
+        """Whether a call of `module` now would be an outermost one."""
+        return self.lifetime.examples is None or self.lifetime.recomputes(module)
 
     def outermost(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
         """call(), an outermost one of `module`."""
@@ -127,6 +122,7 @@ class FusedHandle(Handle):
         """An outermost call begins; `lifetime.leave` is told of its end."""
         for norm in self.batch_norms:
             refuse_coupling(norm)
+        self.lifetime.note_recomputation(module)
         replicated = self.look_around() is not None
         count = count_examples(args, kwargs, self.example_dims, may_be_none=replicated)
         self.lifetime.look_ahead()
@@ -151,7 +147,7 @@ class FusedHandle(Handle):
         calls = self.due.get(kind, 1)
         probe = Probe(self, kind[0], arguments, calls - 1, within)
         # A part that is compiled by itself would not be seen.
-        with torch.compiler.set_stance("force_eager"), self._together(probe):
+        with torch.compiler.set_stance("force_eager"), self._together(probe), unsaved():
             probe.establish()
         self.due[kind] = 2 * calls
         more = (1, probe.forwards.count, probe.forwards.examples, probe.seconds)

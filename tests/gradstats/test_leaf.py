@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gradstats
 from gradstats import attach
 from gradstats.account import shadow
-from gradstats.function import LeafFunction
+from gradstats.function import LeafFunction, changeable
 from tests import oracle
 
 
@@ -130,6 +130,16 @@ def test_a_penalty_is_seen_however_small(strength):
     loss = model(torch.randn(3, 8)).sum() + strength * model.weight.square().sum()
     with pytest.raises(gradstats.CoverageError, match="outside of its layer"):
         loss.backward()
+
+
+def test_an_output_that_is_kept_stays_a_view():
+    """Autograd tells by its version that what a backward pass needs was changed."""
+    base = torch.zeros(6)
+    view = base.view(2, 3)
+    free = changeable(view, (torch.zeros(6), None))
+    assert free._base is None and free.data_ptr() == base.data_ptr()
+    for kept in (base, base[:3], view):
+        assert changeable(view, (None, kept)) is view
 
 
 def test_double_backward_is_refused():

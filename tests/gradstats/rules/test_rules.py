@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gradstats
@@ -89,3 +90,31 @@ def test_per_example_gradients_match_the_oracle(name):
         whole = oracle.whole({k: v * B for k, v in expected.items()})
         assert found.keys() == expected.keys()
         assert max(oracle.error(found[k], expected[k] * B, whole) for k in expected) <= 1e-10
+
+
+class Changed(nn.Module):
+    """What the layer returns, changed in place."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        y = self.layer(*args, **kwargs)
+        return y.mul_(2).add_(1)
+
+
+@pytest.mark.parametrize(("name", "engine"), [(n, "fused") for n in LAYERS] + [(n, "vmap") for n in VMAPPED])
+def test_outputs_may_be_changed_in_place(name, engine):
+    """Of layers whose gradients do not need their outputs, as torch itself has it."""
+    row = LAYERS[name]
+    model = Changed(row.make().double())
+    x = tree_map(lambda v: v.double() if floats(v) else v, row.x())
+    weights = torch.rand(B, dtype=torch.float64) + 0.5
+    expected = oracle.contributions(model, oracle.coupled_loss, x, weights)
+    handle = gradstats.attach(model, *oracle.STATISTICS, engine=engine, every=2)
+    oracle.coupled_loss(oracle.call(model, x), weights).backward()
+    assert oracle.exact(handle, expected)
+    model.zero_grad()
+    oracle.coupled_loss(oracle.call(model, x), weights).backward()
+    assert handle.batch_size == B and not handle.gathered
