@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradstats.graph import differentiates
-
 if TYPE_CHECKING:
     from gradstats.engines.fused import FusedHandle
 
@@ -24,7 +22,11 @@ class Caller:
 
     @property
     def active(self) -> bool:
-        return self.handle.probing is not None or (differentiates() and self.handle.outside(self.module))
+        if self.handle.probing is not None:
+            return True
+        if not self.handle.differentiates:
+            return self.handle.evaluates
+        return self.handle.outside(self.module)
 
     # What Dynamo cannot trace runs here; its bookkeeping must not be traced by itself.
     @partial(torch.compiler.disable, recursive=False)
@@ -32,6 +34,9 @@ class Caller:
         """The module's own forward, noted as a caller by a probe, or as the outermost one."""
         if self.handle.probing:
             with self.handle.probing.calling(self.module):
+                return kind.forward(self.module, *args, **kwargs)
+        if not self.handle.differentiates:
+            with self.handle.lifetime.evaluation():
                 return kind.forward(self.module, *args, **kwargs)
 
         def call() -> Any:

@@ -9,13 +9,13 @@ There the contributions of all uses meet, and their gradients, which are added u
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from gradstats.contribution import Contribution
@@ -24,6 +24,7 @@ from gradstats.forms.rows import Rows
 from gradstats.joint import Looked, look, sums_of
 from gradstats.rules import Rule
 from gradstats.sums import OF_SQUARES, SUM_OF_SQUARES
+from gradstats.twice import arguments_at, differentiable, placed
 
 if TYPE_CHECKING:
     from gradstats.account import Account
@@ -72,9 +73,11 @@ class LeafFunction(torch.autograd.Function):
         with no_autocast(call.device):
             y, saved = call.rule.forward(call.options, x, parameters)
         ctx.call = call
-        ctx.save_for_backward(*saved)
+        ctx.saves = len(saved)
+        kept, ctx.places = placed(tensors[first:-1], saved, inputs)
+        ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
-        kept = *saved, *tensors
+        kept += tensors
         if not isinstance(y, tuple):
             ctx.outputs = ()
             return changeable(y, kept), torch.zeros(())
@@ -83,28 +86,35 @@ class LeafFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *d: Tensor | None):
-        # The decorator is for those who differentiate twice: to others it costs as much as a small layer's gradient.
-        return (once_differentiable(differentiated) if torch.is_grad_enabled() else differentiated)(ctx, *d)
+        if not torch.is_grad_enabled():
+            return differentiated(ctx, d)
+        with no_autocast(ctx.call.device):
+            again = differentiable(ctx.call, arguments_at(ctx.places, ctx.saved_tensors), d[:-1])
+        with torch.no_grad():
+            return differentiated(ctx, d, again)
 
 
-def differentiated(ctx, *d: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The Function's backward."""
+def differentiated(ctx, d: tuple[Tensor | None, ...], again: Sequence[Tensor | None] = ()) -> tuple[Tensor | None, ...]:
+    """The Function's backward; `again` are the gradients where they are to be differentiated."""
     call: Call = ctx.call
     counts = call.leaf.accumulates()
     grad_input: tuple[Tensor | None, ...] = (None,) * len(call.rule.inputs)
     contributions: dict[str, Contribution] = {}
     with no_autocast(call.device):
-        if any(cotangent is not None for cotangent in d[:-1]):
+        if (counts or not again) and any(cotangent is not None for cotangent in d[:-1]):
             needs = ctx.needs_input_grad[1 + len(call.slots) + call.links : -1]
             wanted = frozenset(compress((*call.rule.inputs, *call.names), needs))
             cotangents: Any = filled(ctx.outputs, d[:-1]) if ctx.outputs else d[0]
-            grad_input, contributions = differentiate(call, ctx.saved_tensors, cotangents, wanted)
+            grad_input, contributions = differentiate(call, ctx.saved_tensors[: ctx.saves], cotangents, wanted)
         if counts:
             # Before sums are made: those of the window before are gone by then.
             call.leaf.begin(call.used, contributions, call.batch_size, call.generation)
             gradients, sums = reduce(call, contributions)
         else:
             gradients, sums = {name: c.gradient() for name, c in contributions.items()}, {}
+    if again:
+        grad_input = tuple(again[: len(call.rule.inputs)])
+        gradients = {name: g for name, g in zip(call.names, again[len(grad_input) :], strict=True) if g is not None}
     if counts:
         unshadowed = {key: value for key, value in sums.items() if key not in call.slots}
         call.leaf.record(call.used, call.generation, gradients, unshadowed)
@@ -112,7 +122,7 @@ def differentiated(ctx, *d: Tensor | None) -> tuple[Tensor | None, ...]:
     return None, *map(sums.get, call.slots), *(None,) * call.links, *returned, None
 
 
-def changeable(y: Tensor, kept: tuple[Tensor | None, ...]) -> Tensor:
+def changeable(y: Tensor, kept: Sequence[Any]) -> Tensor:
     """The output as one that may be changed in place, which autograd allows of no view that one of several outputs is.
 
     Such is that of a Linear with positions. What it is a view of is forgotten, unless it is among what is `kept`.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def in_backward() -> bool:
@@ -16,9 +17,12 @@ def in_backward() -> bool:
 def differentiates() -> bool:
     """Whether a backward pass may go through a forward that runs now, or through what recomputes it.
 
+    Under a transform of torch.func, and where tangents are pushed forward, derivatives are taken by other means.
     Reentrant checkpointing runs the first forward without gradients, inside of an autograd Function: what it returns
     must be shaped like what the recomputation returns.
     """
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return False
     if torch.is_grad_enabled():
         return True
     return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -346,6 +346,8 @@ class Handle(Readable):
                     f"stats.clip_grad_norm_(max_norm); where a trainer clips, attach(..., follow_clipping=True); name "
                     f"a GradScaler, attach(..., grad_scaler=scaler); or read this statistic before."
                 )
+            if mean is not None and mean.requires_grad:  # of backward(create_graph=True)
+                mean = mean.detach()
             return sums, mean, (size, reduction, 1.0, 1.0, factor, fraction, self.averaged(name))
 
         return read

@@ -21,7 +21,7 @@ from gradstats.account import Account
 from gradstats.caller import LEAF
 from gradstats.errors import CoverageError
 from gradstats.function import Call, Gradients, LeafFunction, Sums, Use, autocast
-from gradstats.graph import accumulator_of, differentiates
+from gradstats.graph import accumulator_of
 from gradstats.layout import FIRST, Layout, brought
 from gradstats.operators import token_of
 from gradstats.plain import PlainForward
@@ -94,7 +94,7 @@ class Leaf:
     @property
     def active(self) -> bool:
         """Whether statistics are wanted of this call; not under functional_call, whose tensors are no parameters."""
-        if not differentiates():
+        if not self.handle.differentiates:
             return False
         found = False
         for account in self.accounts.values():  # every layer of every forward waits for this

@@ -10,7 +10,8 @@ several times.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +64,7 @@ class Lifetime:
         self._ended: set[int] = set()  # those of them that have ended
         self._suspicions: list[tuple[int, Account, CoverageError]] = []
         self.root: nn.Module | None = None  # the outermost module whose call is under way
+        self.evaluating = False  # an outermost call without gradients is under way
         self._recomputable: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # outermost ones under checkpointing
         self.first: Tensor | None = None  # its first tensor, where it is compiled
         self._batch: int | None = None  # examples of the last outermost call
@@ -88,6 +90,15 @@ class Lifetime:
     def enter_traced(self, module: nn.Module, first: Tensor) -> None:
         """The same while Dynamo traces, for which a number that changes must be the size of a tensor."""
         self.root, self._batch, self.first = module, None, first
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Inside, calls without gradients are no first forwards of checkpointing, which look the same."""
+        self.evaluating = True
+        try:
+            yield
+        finally:
+            self.evaluating = False
 
     def note_recomputation(self, module: nn.Module) -> None:
         """Before an outermost call: is it under checkpointing, so that a backward pass may make it again?"""

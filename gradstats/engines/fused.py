@@ -28,13 +28,14 @@ from gradstats.distributed.sharded import check, refuse_late, refuse_nested, sha
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.gradient import Left
+from gradstats.graph import differentiates
 from gradstats.handle import Handle, Reader
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
 from gradstats.probe import Probe
 from gradstats.reading import ByParameter
 from gradstats.rules import Composite, Rule, fallback, find
-from gradstats.rules.registry import checked, refuse_coupling
+from gradstats.rules.registry import checked, refuse_coupling, refuse_scripted
 from gradstats.sampling import Sampling
 from gradstats.statistics import Wanted
 from gradstats.sums import SUMS
@@ -95,6 +96,16 @@ class FusedHandle(Handle):
         self.lifetime = Lifetime(self, list(self.accounts.values()), self.sampling)
 
     # Calls
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether a backward pass may go through a call that is made now, or through what recomputes it."""
+        return differentiates() and (torch.is_grad_enabled() or not self.lifetime.evaluating)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether a call through which none goes is an outermost one."""
+        return not torch.is_grad_enabled() and not self.lifetime.evaluating and self.lifetime.root is None
 
     def outside(self, module: nn.Module) -> bool:
         """Whether a call of `module` now would be an outermost one."""
@@ -195,6 +206,7 @@ class FusedHandle(Handle):
         if id(module) in visited:
             return
         visited.add(id(module))
+        checked(prefix, refuse_scripted, module)
         checked(prefix, refuse_coupling, module)
         parametrized = parametrize.is_parametrized(module)
         own = [p for p in module._parameters.values() if p is not None and not self._ignores(p)]

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -150,6 +151,16 @@ def refuse_coupling(module: nn.Module) -> None:
             "batch statistics make every example's output depend on the others, so per-example gradients do not exist",
             "Replace it by nn.GroupNorm, freeze its statistics with .eval(), or take an engine that sees losses or "
             "whole backward passes: engine='random_sign' or 'microbatch'",
+        )
+
+
+def refuse_scripted(module: nn.Module) -> None:
+    """Raises CoverageError for what computes outside of Python."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise refuse(
+            module,
+            "the layers of a scripted or traced module are called by no Python that could be attached",
+            "Attach it as it was before, and take torch.compile",
         )
 
 

@@ -50,11 +50,14 @@ SETTINGS = {
         "computes its parameters",
         "torch.nn.utils.parametrizations",
     ),
+    "scripted": Refused(
+        lambda: nn.Sequential(torch.jit.script(nn.Linear(3, 2))), "no Python that could be attached", "torch.compile"
+    ),
     "complex": Refused(lambda: nn.ConvTranspose1d(2, 2, 2, dtype=torch.complex64), "is complex", "real parameters"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated", "ignore:`torch.jit")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(name):
     row = SETTINGS[name]

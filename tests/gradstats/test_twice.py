@@ -1,0 +1,158 @@
+"""Second derivatives of attached models, and derivatives taken by other means than a backward pass: those of torch."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, hessian, jacrev, jvp, vmap
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gradstats import CoverageError, GradstatsError, LifetimeError, attach
+from tests import oracle
+from tests.layers import LAYERS, RECURRENT, B
+
+# torch.func does not run where activations are recomputed, and reentrant checkpointing refuses torch.autograd.grad.
+# Of embedding bags, and of fused attention on the CPU, torch has no second derivative.
+ROWS = {
+    name: row
+    for name, row in (LAYERS | RECURRENT).items()
+    if not name.startswith(("embedding bag", "multi-head", "transformer layer", "checkpointed, reentrant"))
+}
+
+
+def network():
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+class Shared(nn.Module):
+    """One layer twice: the gradients of its uses wait for each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.layer(self.layer(x).tanh()).tanh())
+
+
+def problem():
+    return torch.randn(B, 5).double(), torch.randint(3, (B,))
+
+
+def derivatives(model, x, weights):
+    """Gradients and a Hessian-vector product, of parameters and inputs."""
+    wanted = [t for t in (*model.parameters(), *tree_leaves(x)) if isinstance(t, torch.Tensor) and t.requires_grad]
+    loss = oracle.coupled_loss(oracle.call(model, x), weights)
+    first = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True, materialize_grads=True)
+    draws = torch.Generator().manual_seed(1)
+    along = sum((g * torch.randn(g.shape, generator=draws, dtype=g.dtype)).sum() for g in first)
+    return *first, *torch.autograd.grad(along, wanted, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ROWS)
+def test_hessian_vector_products(name):
+    row = ROWS[name]
+    model, weights = row.make().double(), torch.rand(B).double() + 0.5
+    x = tree_map(
+        lambda t: t.double().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t, row.x()
+    )
+    expected = derivatives(copy.deepcopy(model), x, weights)
+    attach(model)
+    for found, reference in zip(derivatives(model, x, weights), expected, strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("make", [network, Shared])
+def test_a_backward_pass_that_creates_its_graph_has_statistics_too(make):
+    model, (x, y) = make(), problem()
+    expected = oracle.contributions(model, F.cross_entropy, x, y)
+    plain = copy.deepcopy(model)
+    stats = attach(model, *oracle.STATISTICS)
+
+    def diagonal(model):
+        F.cross_entropy(model(x), y).backward(create_graph=True)
+        gradients = [p.grad for p in model.parameters()]
+        return torch.autograd.grad(gradients, list(model.parameters()), [g.detach() for g in gradients])
+
+    for found, reference in zip(diagonal(model), diagonal(plain), strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-12)
+    assert oracle.exact(stats, expected)
+
+
+def test_statistics_beside_a_product():
+    """What is measured between forward and backward passes leaves no trace."""
+    model, (x, y) = network(), problem()
+    expected = oracle.contributions(model, F.cross_entropy, x, y)
+    stats = attach(model, *oracle.STATISTICS)
+    loss = F.cross_entropy(model(x), y)
+    derivatives(model, x.clone().requires_grad_(), torch.ones(B).double())
+    loss.backward()
+    derivatives(model, x.clone().requires_grad_(), torch.ones(B).double())
+    assert stats.batch_size == B and oracle.exact(stats, expected)
+
+
+def test_a_gradient_penalty_is_refused():
+    model, (x, y) = network(), problem()
+    attach(model)
+    x.requires_grad_()
+    loss = F.cross_entropy(model(x), y)
+    (g,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(CoverageError, match="outside of its layer"):
+        (loss + g.square().sum()).backward()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_a_penalty_on_gradients_of_parameters_is_refused():
+    model, (x, y) = network(), problem()
+    attach(model)
+    F.cross_entropy(model(x), y).backward(create_graph=True)
+    with pytest.raises(LifetimeError):
+        sum(p.grad.square().sum() for p in model.parameters()).backward()
+
+
+def tangent(model, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def curvature(model, x):
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return hessian(
+        lambda b: functional_call(model, {**parameters, "2.bias": b}, (x,)).logsumexp(1).sum(),
+    )(parameters["2.bias"])
+
+
+OTHERS = {
+    "jacobian of every example": lambda model, x: vmap(jacrev(model))(x),
+    "jacobian-vector product": lambda model, x: jvp(model, (x,), (torch.ones_like(x),))[1],
+    "forward-mode": tangent,
+    "hessian": curvature,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch's own forward mode
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_transforms(name):
+    model, (x, y) = network(), problem()
+    expected = OTHERS[name](copy.deepcopy(model), x)
+    statistics = oracle.contributions(model, F.cross_entropy, x, y)
+    stats = attach(model, *oracle.STATISTICS)
+    for _ in range(2):
+        torch.testing.assert_close(OTHERS[name](model, x), expected, rtol=1e-9, atol=1e-12)
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        assert oracle.exact(stats, statistics)
+
+
+def test_a_transform_within_a_forward_is_refused_where_it_would_be_missed():
+    model, (x, y) = network(), problem()
+    stats = attach(model)
+    F.cross_entropy(model[2](vmap(model[0])(x).tanh()), y).backward()
+    with pytest.raises(GradstatsError):
+        _ = stats.second_moment["0.weight"]
