@@ -24,6 +24,7 @@ SETTINGS = (
     *("device", "dtype", "threads", "processor", "instructions", "compiler"),
     *("python", "torch", "triton", "gradstats", "opacus", "backpack-for-pytorch"),
 )
+QUICK = "Two pairs of steps of a tiny shape, to see that everything runs: these ratios tell no prices."
 COMMAND = "python -m experiments.benchmark --record"
 SUMMARY = {
     "second moment": bars.EXACT,
@@ -87,8 +88,9 @@ def of_workload(run: Run, workload: str) -> Table:
     one = WORKLOADS[workload]
     shape = one.shape | (one.quick if run.about["quick"] else {})
     shown = ", ".join(f"{key} = {value:,}" for key, value in shape.items())
+    told = f"{shown}. {QUICK}" if run.about["quick"] else f"{shown}."
     ours = tuple(i for i, r in enumerate(rows) if is_ours(r.contestant))
-    return Table(one.title, f"{shown}.", COLUMNS, [cells(r) for r in rows], ours)
+    return Table(one.title, told, COLUMNS, [cells(r) for r in rows], ours)
 
 
 def cells(r: Row) -> list[Any]:

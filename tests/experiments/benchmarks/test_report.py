@@ -70,8 +70,9 @@ def test_summary_shows_the_command_that_makes_it() -> None:
     assert benchmark.parser().parse_args(arguments).record is True
 
 
-def test_quick_runs_name_their_own_shapes() -> None:
-    assert "B = 8, width = 16." in page(run(quick=True))
+def test_quick_runs_name_their_own_shapes_and_say_what_they_are_not() -> None:
+    assert "B = 8, width = 16. Two pairs of steps" in page(run(quick=True))
+    assert "tell no prices" not in page(run())
 
 
 def test_runs_come_back_from_json_even_with_columns_of_other_versions() -> None:
