@@ -127,6 +127,11 @@ class NoiseScale:
             return max((b - root) / a, 0.0), max((b + root) / a, 0.0)
         return (max((b - root) / a, 0.0) if a < 0 < c and b * b > a * c else 0.0), math.inf
 
+    def __repr__(self) -> str:
+        low, high = self.interval()
+        known = f"simple={self.simple:.4g}, 95% in [{low:.4g}, {high:.4g}], " if self.examples else ""
+        return f"NoiseScale({known}examples={self.examples}, horizon={self.horizon:g})"
+
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to continue."""
         return dict(vars(self))

@@ -96,6 +96,17 @@ def test_no_bound_where_no_gradient_stands_out():
     assert noise.simple == math.inf and noise.interval()[1] == math.inf
 
 
+def test_what_is_printed():
+    noise = NoiseScale(horizon=1e4)
+    assert repr(noise) == "NoiseScale(examples=0, horizon=10000)"
+    for estimate_of_batch in each(batches(16, 50)):
+        noise.add(estimate_of_batch, 16)
+    low, high = noise.interval()
+    assert repr(noise).startswith(
+        f"NoiseScale(simple={noise.simple:.4g}, 95% in [{low:.4g}, {high:.4g}], examples=800,"
+    )
+
+
 def test_state_dict_continues():
     one, two, some = NoiseScale(500), NoiseScale(500), each(batches(4, 6))
     for value in some[:3]:
