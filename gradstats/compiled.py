@@ -99,7 +99,7 @@ def forward(
     server: Leaf | Caller, module: nn.Module, kind: type[nn.Module], args: tuple, kwargs: dict[str, Any]
 ) -> Any:
     """The forward of an attached module while Dynamo traces."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():  # what is exported is the model as it was
         return kind.forward(module, *args, **kwargs)
     if isinstance(server, Caller):
         return outermost(server, module, partial(kind.forward, module), args, kwargs)

@@ -433,6 +433,15 @@ def test_sums_outside_of_the_graph_of_what_a_kernel_adds_up(layer, options):
     assert worst(*pair) <= EXACT
 
 
+def test_what_is_exported_is_the_model_as_it_was():
+    model, x = nn.Sequential(layers.OwnsParameters(), nn.Linear(4, 3)), torch.randn(B, 2, 4)
+    expected = torch.export.export(model, (x,)).graph_module.code
+    stats = attach(model)
+    assert torch.export.export(model, (x,)).graph_module.code == expected
+    model(x).sum().backward()
+    assert stats.batch_size == B
+
+
 def test_detached_compiled_and_attached_again():
     found, expected = twins()
     loss_of(found).backward()
