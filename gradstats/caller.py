@@ -22,11 +22,7 @@ class Caller:
 
     @property
     def active(self) -> bool:
-        if self.handle.probing is not None:
-            return True
-        if not self.handle.differentiates:
-            return self.handle.evaluates
-        return self.handle.outside(self.module)
+        return self.handle.probing is not None or self.handle.outside(self.module)
 
     # What Dynamo cannot trace runs here; its bookkeeping must not be traced by itself.
     @partial(torch.compiler.disable, recursive=False)

@@ -24,7 +24,7 @@ from gradstats.forms.rows import Rows
 from gradstats.joint import Looked, look, sums_of
 from gradstats.rules import Rule
 from gradstats.sums import OF_SQUARES, SUM_OF_SQUARES
-from gradstats.twice import arguments_at, differentiable, placed
+from gradstats.twice import arguments_at, gradients_with_graph, placed
 
 if TYPE_CHECKING:
     from gradstats.account import Account
@@ -77,44 +77,48 @@ class LeafFunction(torch.autograd.Function):
         kept, ctx.places = placed(tensors[first:-1], saved, inputs)
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
-        kept += tensors
+        others = *kept, *tensors
         if not isinstance(y, tuple):
             ctx.outputs = ()
-            return changeable(y, kept), torch.zeros(())
+            return changeable(y, others), torch.zeros(())
         ctx.outputs = [(o.shape, o.dtype, o.device) for o in y]
-        return *(changeable(o, kept) for o in y), torch.zeros(())
+        return *(changeable(o, others) for o in y), torch.zeros(())
 
     @staticmethod
     def backward(ctx, *d: Tensor | None):
+        saved = ctx.saved_tensors  # read once: checkpointing lets nobody unpack them twice
         if not torch.is_grad_enabled():
-            return differentiated(ctx, d)
+            return backpropagate(ctx, saved, d)
         with no_autocast(ctx.call.device):
-            again = differentiable(ctx.call, arguments_at(ctx.places, ctx.saved_tensors), d[:-1])
+            graphed = gradients_with_graph(ctx.call, arguments_at(ctx.places, saved), d[:-1])
         with torch.no_grad():
-            return differentiated(ctx, d, again)
+            return backpropagate(ctx, saved, d, graphed)
 
 
-def differentiated(ctx, d: tuple[Tensor | None, ...], again: Sequence[Tensor | None] = ()) -> tuple[Tensor | None, ...]:
-    """The Function's backward; `again` are the gradients where they are to be differentiated."""
+def backpropagate(
+    ctx, saved: tuple, d: tuple[Tensor | None, ...], graphed: Sequence[Tensor | None] = ()
+) -> tuple[Tensor | None, ...]:
+    """The Function's backward. `graphed`: under create_graph=True, the gradients that are returned in place of the
+    rule's own, which then serve the statistics only."""
     call: Call = ctx.call
     counts = call.leaf.accumulates()
     grad_input: tuple[Tensor | None, ...] = (None,) * len(call.rule.inputs)
     contributions: dict[str, Contribution] = {}
     with no_autocast(call.device):
-        if (counts or not again) and any(cotangent is not None for cotangent in d[:-1]):
+        if (counts or not graphed) and any(cotangent is not None for cotangent in d[:-1]):
             needs = ctx.needs_input_grad[1 + len(call.slots) + call.links : -1]
             wanted = frozenset(compress((*call.rule.inputs, *call.names), needs))
             cotangents: Any = filled(ctx.outputs, d[:-1]) if ctx.outputs else d[0]
-            grad_input, contributions = differentiate(call, ctx.saved_tensors[: ctx.saves], cotangents, wanted)
+            grad_input, contributions = differentiate(call, saved[: ctx.saves], cotangents, wanted)
         if counts:
             # Before sums are made: those of the window before are gone by then.
             call.leaf.begin(call.used, contributions, call.batch_size, call.generation)
             gradients, sums = reduce(call, contributions)
         else:
             gradients, sums = {name: c.gradient() for name, c in contributions.items()}, {}
-    if again:
-        grad_input = tuple(again[: len(call.rule.inputs)])
-        gradients = {name: g for name, g in zip(call.names, again[len(grad_input) :], strict=True) if g is not None}
+    if graphed:
+        grad_input = tuple(graphed[: len(call.rule.inputs)])
+        gradients = {name: g for name, g in zip(call.names, graphed[len(grad_input) :], strict=True) if g is not None}
     if counts:
         unshadowed = {key: value for key, value in sums.items() if key not in call.slots}
         call.leaf.record(call.used, call.generation, gradients, unshadowed)
@@ -123,12 +127,13 @@ def differentiated(ctx, d: tuple[Tensor | None, ...], again: Sequence[Tensor | N
 
 
 def changeable(y: Tensor, kept: Sequence[Any]) -> Tensor:
-    """The output as one that may be changed in place, which autograd allows of no view that one of several outputs is.
+    """The output as one that may be changed in place, which autograd allows of no view made in a Function.
 
-    Such is that of a Linear with positions. What it is a view of is forgotten, unless it is among what is `kept`.
+    A Linear with positions returns one, of a product that nobody else has: the relation is dropped. It stays where
+    what is `kept` shares the memory, since autograd must then tell by its version that it was changed.
     """
     base = y._base
-    if base is None or any(t is not None and (t is base or t._base is base) for t in kept):
+    if base is None or any(isinstance(t, Tensor) and (t is base or t._base is base) for t in kept):
         return y
     return y.data
 

@@ -20,7 +20,7 @@ from torch.autograd.variable import Variable
 
 from gradstats.distributed.rows import join_rows
 from gradstats.errors import CoverageError, LifetimeError
-from gradstats.graph import in_backward
+from gradstats.graph import in_backward, saves_through_hooks
 from gradstats.plain import PlainForward
 from gradstats.sampling import Sampling
 from gradstats.turns import Turns, tell_of_steps
@@ -64,10 +64,10 @@ class Lifetime:
         self._ended: set[int] = set()  # those of them that have ended
         self._suspicions: list[tuple[int, Account, CoverageError]] = []
         self.root: nn.Module | None = None  # the outermost module whose call is under way
-        self.evaluating = False  # an outermost call without gradients is under way
-        self._recomputable: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # outermost ones under checkpointing
         self.first: Tensor | None = None  # its first tensor, where it is compiled
         self._batch: int | None = None  # examples of the last outermost call
+        self.evaluating = False  # one without gradients is under way
+        self._checkpointed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose calls a backward pass may make again
         self.plain_forward: PlainForward | None = None  # that is under way
         self.reached: PlainForward | None = None  # that the backward pass goes through
         self._uses: dict[Account, tuple[Uses, Tensor | None]] = {}  # by the forward under way, with the first's link
@@ -93,25 +93,27 @@ class Lifetime:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Inside, calls without gradients are no first forwards of checkpointing, which look the same."""
+        """An outermost call without gradients. Inside, what reentrant checkpointing runs is not its first forward,
+        though it looks like one: nothing will recompute it."""
         self.evaluating = True
         try:
             yield
         finally:
             self.evaluating = False
 
-    def note_recomputation(self, module: nn.Module) -> None:
-        """Before an outermost call: is it under checkpointing, so that a backward pass may make it again?"""
+    def note_checkpointing(self, module: nn.Module) -> None:
+        """Before an outermost call: may a backward pass make it again? Under reentrant checkpointing (no gradients), or
+        hooks on saved tensors."""
         if in_backward():
             return
-        if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-            self._recomputable.discard(module)
+        if torch.is_grad_enabled() and not saves_through_hooks():
+            self._checkpointed.discard(module)
         else:
-            self._recomputable.add(module)
+            self._checkpointed.add(module)
 
     def recomputes(self, module: nn.Module) -> bool:
         """Whether a call of `module` now is an outermost one that a backward pass makes again."""
-        return self.root is None and module in self._recomputable and in_backward()
+        return self.root is None and module in self._checkpointed and in_backward()
 
     def leave(self, module: nn.Module) -> None:
         """The call of `module` ends; not only an outermost one may say so."""
@@ -187,7 +189,7 @@ class Lifetime:
         """Keeps the link of first uses, for as long as there can be others."""
         recomputes, opened = in_backward(), self._open()
         # A link keeps its graph alive: that of a non-reentrant recomputation has only to be run, not to be kept.
-        runs = recomputes and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        runs = recomputes and saves_through_hooks()
         for account, uses, collects in used:
             if collects and runs:
                 opened.pop(account)
@@ -335,7 +337,9 @@ class Lifetime:
                 self.handle.exchange.ended()
 
     def _close(self) -> None:
-        errors = [e for task, account, e in self._suspicions if task in self._ended and account.generations]
+        # A recomputation notes the task of torch.autograd.grad too, which reaches no leaf that counts.
+        suspicions = self._suspicions if self.started else []
+        errors = [e for task, account, e in suspicions if task in self._ended and account.generations]
         self._tasks.clear()
         self._ended.clear()
         self._suspicions.clear()

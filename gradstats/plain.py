@@ -38,11 +38,9 @@ class PlainForward:
             self._leaf = leaf
             self._used += [(a, a.subject) for a in leaf.accounts.values() if a.subject is not None]
             for o in [output] if isinstance(output, Tensor) else tree_leaves(output):
-                if not isinstance(o, Tensor):
-                    continue
-                # A view loses its node when it is changed in place; what it is a view of does not.
-                node = o.grad_fn if o._base is None else o._base.grad_fn or o.grad_fn
-                if node is not None:
+                if isinstance(o, Tensor) and o.grad_fn is not None:
+                    # A view gets another node when it is changed in place; what it is a view of keeps its own.
+                    node = o.grad_fn if o._base is None else o._base.grad_fn or o.grad_fn
                     node.register_prehook(self._reached)
         return output
 

@@ -20,43 +20,37 @@ Places = tuple[tuple[int | None, Any], ...]  # of every argument: where it is sa
 def placed(arguments: Sequence[Any], saved: Sequence[Any], inputs: int) -> tuple[list[Any], Places]:
     """What to save, and the places of a rule's arguments in it.
 
-    An input that the rule has no use for is saved too, since who offloads or recomputes what is saved must see it. A
-    parameter is there anyway.
+    An input that the rule does not save itself (but a view of it, or nothing) is saved too, so that hooks on saved
+    tensors see it: those of checkpointing and offloading. A parameter that it does not save is held as it is: no
+    gradient depends on its value, which may change before the backward pass.
     """
     kept, places = list(saved), []
     for i, argument in enumerate(arguments):
-        place = None
-        if isinstance(argument, Tensor):
-            place = next((j for j, s in enumerate(kept) if s is argument), None)
-            if place is None and i < inputs:
-                place = len(kept)
-                kept.append(argument)
+        place = next((j for j, s in enumerate(kept) if s is argument), None)
+        if place is None and i < inputs and isinstance(argument, Tensor):
+            place = len(kept)
+            kept.append(argument)
         places.append((place, argument if place is None else None))
     return kept, tuple(places)
 
 
 def arguments_at(places: Places, saved: Sequence[Any]) -> list[Any]:
-    """The arguments, which are functions of what they were functions of."""
+    """The rule's arguments, with the graphs that they had in the forward."""
     return [value if place is None else saved[place] for place, value in places]
 
 
-def differentiable(call: Call, arguments: Sequence[Any], d: Sequence[Tensor | None]) -> list[Tensor | None]:
+def gradients_with_graph(call: Call, arguments: Sequence[Any], d: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The gradient of every argument, as a function of the arguments and of the cotangents d of the outputs."""
-    # Aliases: the path by which an input depends on a parameter is not the layer's.
+    # Aliases, since an input may itself be a function of a parameter: that path is not the layer's.
     own = [a.view_as(a) if isinstance(a, Tensor) and a.requires_grad else a for a in arguments]
     first = len(call.rule.inputs)
     x = tuple(own[:first]) if call.several else own[0]
     y, _ = call.rule.forward(call.options, x, dict(zip(call.names, own[first:], strict=True)))
-    pairs = [
-        (o, cotangent)
-        for o, cotangent in zip(y if isinstance(y, tuple) else (y,), d, strict=True)
-        if cotangent is not None and o.requires_grad
-    ]
-    asked = [i for i, a in enumerate(own) if isinstance(a, Tensor) and a.requires_grad]
-    gradients: list[Tensor | None] = [None] * len(own)
-    if pairs:
-        outputs, cotangents = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, [own[i] for i in asked], cotangents, create_graph=True, allow_unused=True)
-        for i, gradient in zip(asked, found, strict=True):
-            gradients[i] = gradient
-    return gradients
+    pairs = zip(y if isinstance(y, tuple) else (y,), d, strict=True)
+    reached = [(o, cotangent) for o, cotangent in pairs if cotangent is not None and o.requires_grad]
+    asked = [a for a in own if isinstance(a, Tensor) and a.requires_grad]
+    if not reached:
+        return [None] * len(own)
+    outputs, cotangents = zip(*reached, strict=True)
+    found = iter(torch.autograd.grad(outputs, asked, cotangents, create_graph=True, allow_unused=True))
+    return [next(found) if isinstance(a, Tensor) and a.requires_grad else None for a in own]

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from gradstats.distributed.local import local
+from gradstats.graph import saves_through_hooks
 
 
 class FunctionalUses(TorchFunctionMode):
@@ -88,10 +89,10 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
                 module.restore()
 
 
-def unsaved() -> AbstractContextManager[object]:
-    """Inside, whoever packs what is saved for a backward pass, and may count it as checkpointing does, sees nothing."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        return nullcontext()  # torch.func differentiates under no such hooks, ours included
+def hidden_from_saved_tensors_hooks() -> AbstractContextManager[object]:
+    """Inside, hooks on saved tensors see nothing: those of checkpointing count what a forward saves."""
+    if not saves_through_hooks():
+        return nullcontext()  # none to hide from; torch.func refuses to run under any, ours included
     return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 

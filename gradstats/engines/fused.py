@@ -28,7 +28,7 @@ from gradstats.distributed.sharded import check, refuse_late, refuse_nested, sha
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.gradient import Left
-from gradstats.graph import differentiates
+from gradstats.graph import backward_may_follow
 from gradstats.handle import Handle, Reader
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
@@ -41,7 +41,7 @@ from gradstats.statistics import Wanted
 from gradstats.sums import SUMS
 from gradstats.swap import swap, unswap
 from gradstats.turns import Turns
-from gradstats.watch import unsaved
+from gradstats.watch import hidden_from_saved_tensors_hooks
 
 
 class FusedHandle(Handle):
@@ -100,16 +100,13 @@ class FusedHandle(Handle):
     @property
     def differentiates(self) -> bool:
         """Whether a backward pass may go through a call that is made now, or through what recomputes it."""
-        return differentiates() and (torch.is_grad_enabled() or not self.lifetime.evaluating)
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether a call through which none goes is an outermost one."""
-        return not torch.is_grad_enabled() and not self.lifetime.evaluating and self.lifetime.root is None
+        return backward_may_follow() and (torch.is_grad_enabled() or not self.lifetime.evaluating)
 
     def outside(self, module: nn.Module) -> bool:
-        """Whether a call of `module` now would be an outermost one."""
-        return self.lifetime.examples is None or self.lifetime.recomputes(module)
+        """Whether a call of `module` now is an outermost one, of a forward or of an evaluation without gradients."""
+        if self.differentiates:
+            return self.lifetime.examples is None or self.lifetime.recomputes(module)
+        return not torch.is_grad_enabled() and not self.lifetime.evaluating and self.lifetime.root is None
 
     def outermost(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
         """call(), an outermost one of `module`."""
@@ -133,7 +130,7 @@ class FusedHandle(Handle):
         """An outermost call begins; `lifetime.leave` is told of its end."""
         for norm in self.batch_norms:
             refuse_coupling(norm)
-        self.lifetime.note_recomputation(module)
+        self.lifetime.note_checkpointing(module)
         replicated = self.look_around() is not None
         count = count_examples(args, kwargs, self.example_dims, may_be_none=replicated)
         self.lifetime.look_ahead()
@@ -158,7 +155,7 @@ class FusedHandle(Handle):
         calls = self.due.get(kind, 1)
         probe = Probe(self, kind[0], arguments, calls - 1, within)
         # A part that is compiled by itself would not be seen.
-        with torch.compiler.set_stance("force_eager"), self._together(probe), unsaved():
+        with torch.compiler.set_stance("force_eager"), self._together(probe), hidden_from_saved_tensors_hooks():
             probe.establish()
         self.due[kind] = 2 * calls
         more = (1, probe.forwards.count, probe.forwards.examples, probe.seconds)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from gradstats.errors import CoverageError
 from gradstats.forms.dense import Dense
+from gradstats.graph import saves_through_hooks
 from gradstats.layout import FIRST, Layout
 from gradstats.rules.registry import Rule, refuse, refuse_coupling
 
@@ -168,7 +169,7 @@ def vmappable(module: nn.Module) -> Iterator[None]:
         raise DoesNotVmap("torch.func has no batching rule for recurrent layers")
     # Checkpointing inside would only fail in the backward pass. Where hooks are set already, it is around us, and does
     # no harm.
-    inside = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    inside = not saves_through_hooks()
     torch._C._functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]  # about speed
     try:
         # The fused attention kernels have no batching rule.

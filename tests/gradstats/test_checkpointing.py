@@ -98,8 +98,8 @@ def test_an_evaluation_between_forward_and_backward(call, reentrant):
     assert stats.batch_size == 4 and oracle.exact(stats, expected)
 
 
-@pytest.mark.parametrize("sizes", [(4, 2), (3, 3)])
-def test_two_reentrant_forwards_are_refused(sizes):
+@pytest.mark.parametrize(("sizes", "why"), [((4, 2), "saw 4 examples"), ((3, 3), "used by two forwards")])
+def test_two_reentrant_forwards_are_refused(sizes, why):
     """The backward pass does not tell which of them it recomputes."""
     model = network()
     parts = [batch(n) for n in sizes]
@@ -108,5 +108,5 @@ def test_two_reentrant_forwards_are_refused(sizes):
     for x, y in parts:
         losses.append(loss_of(whole(model, x, True), y))
         stats.new_examples()
-    with pytest.raises(GradstatsError):
+    with pytest.raises(GradstatsError, match=why):
         sum(losses).backward()

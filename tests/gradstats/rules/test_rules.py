@@ -35,9 +35,10 @@ def run(row, dtype, engine):
 
 # torch.func does not run through activation checkpointing; that it is refused is tested in test_fallback.
 VMAPPED = [name for name in LAYERS if "checkpointed" not in name]
+ENGINES = pytest.mark.parametrize(("name", "engine"), [(n, "fused") for n in LAYERS] + [(n, "vmap") for n in VMAPPED])
 
 
-@pytest.mark.parametrize(("name", "engine"), [(n, "fused") for n in LAYERS] + [(n, "vmap") for n in VMAPPED])
+@ENGINES
 def test_statistics_match_the_oracle_in_float64(name, engine):
     model, plain, plain_x, attached_x, handle, expected = run(LAYERS[name], torch.float64, engine)
     assert oracle.exact(handle, expected)
@@ -104,12 +105,12 @@ class Changed(nn.Module):
         return y.mul_(2).add_(1)
 
 
-@pytest.mark.parametrize(("name", "engine"), [(n, "fused") for n in LAYERS] + [(n, "vmap") for n in VMAPPED])
+@ENGINES
 def test_outputs_may_be_changed_in_place(name, engine):
     """Of layers whose gradients do not need their outputs, as torch itself has it."""
     row = LAYERS[name]
     model = Changed(row.make().double())
-    x = tree_map(lambda v: v.double() if floats(v) else v, row.x())
+    x = oracle.to_double(row.x())
     weights = torch.rand(B, dtype=torch.float64) + 0.5
     expected = oracle.contributions(model, oracle.coupled_loss, x, weights)
     handle = gradstats.attach(model, *oracle.STATISTICS, engine=engine, every=2)
