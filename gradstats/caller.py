@@ -32,7 +32,7 @@ class Caller:
             with self.handle.probing.calling(self.module):
                 return kind.forward(self.module, *args, **kwargs)
         if not self.handle.differentiates:
-            with self.handle.lifetime.evaluation():
+            with self.handle.lifetime.checkpointing.evaluation():
                 return kind.forward(self.module, *args, **kwargs)
 
         def call() -> Any:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from gradstats.contribution import Contribution
@@ -89,6 +90,8 @@ class LeafFunction(torch.autograd.Function):
         saved = ctx.saved_tensors  # read once: checkpointing lets nobody unpack them twice
         if not torch.is_grad_enabled():
             return backpropagate(ctx, saved, d)
+        if ctx.places is None:
+            return once_differentiable(lambda ctx, *d: backpropagate(ctx, saved, d))(ctx, *d)
         with no_autocast(ctx.call.device):
             graphed = gradients_with_graph(ctx.call, arguments_at(ctx.places, saved), d[:-1])
         with torch.no_grad():

@@ -17,16 +17,18 @@ def in_backward() -> bool:
 def backward_may_follow() -> bool:
     """Whether a backward pass may go through a forward that runs now, or through what recomputes it.
 
-    Under a transform of torch.func, and where tangents are pushed forward, derivatives are taken by other means.
     Reentrant checkpointing runs the first forward without gradients, and what it returns must be shaped like what the
     recomputation returns: it is treated as one with gradients.
     """
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
-        return False
     if torch.is_grad_enabled():
         return True
     # Inside of an autograd Function, as reentrant checkpointing is; torch.no_grad() leaves forward mode enabled.
     return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def transformed() -> bool:
+    """Whether derivatives are taken by other means, or of other things: transforms of torch.func, and forward mode."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def saves_through_hooks() -> bool:

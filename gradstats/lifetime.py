@@ -9,15 +9,14 @@ several times.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.variable import Variable
 
+from gradstats.checkpointing import Checkpointing
 from gradstats.distributed.rows import join_rows
 from gradstats.errors import CoverageError, LifetimeError
 from gradstats.graph import in_backward, saves_through_hooks
@@ -66,8 +65,8 @@ class Lifetime:
         self.root: nn.Module | None = None  # the outermost module whose call is under way
         self.first: Tensor | None = None  # its first tensor, where it is compiled
         self._batch: int | None = None  # examples of the last outermost call
-        self.evaluating = False  # one without gradients is under way
-        self._checkpointed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose calls a backward pass may make again
+        self._batch_after: int | None = None  # what that is when the call has ended
+        self.checkpointing = Checkpointing()
         self.plain_forward: PlainForward | None = None  # that is under way
         self.reached: PlainForward | None = None  # that the backward pass goes through
         self._uses: dict[Account, tuple[Uses, Tensor | None]] = {}  # by the forward under way, with the first's link
@@ -83,42 +82,26 @@ class Lifetime:
 
     def enter(self, module: nn.Module, examples: int) -> None:
         """An outermost call into the attached model begins."""
+        self.checkpointing.begin(module)
+        # One that is made again, or is to be, counts its own; others that are recomputed are parts of the last one.
+        self._batch_after = examples if torch.is_grad_enabled() and not in_backward() else self._batch
         self.root, self._batch, self.first = module, examples, None
         if examples and not self.turns.gathers and self.shards is None:  # whose parameters are there layer by layer
             self.plain_forward = PlainForward(self, examples, self.begin_forward())
 
     def enter_traced(self, module: nn.Module, first: Tensor) -> None:
         """The same while Dynamo traces, for which a number that changes must be the size of a tensor."""
-        self.root, self._batch, self.first = module, None, first
-
-    @contextmanager
-    def evaluation(self) -> Iterator[None]:
-        """An outermost call without gradients. Inside, what reentrant checkpointing runs is not its first forward,
-        though it looks like one: nothing will recompute it."""
-        self.evaluating = True
-        try:
-            yield
-        finally:
-            self.evaluating = False
-
-    def note_checkpointing(self, module: nn.Module) -> None:
-        """Before an outermost call: may a backward pass make it again? Under reentrant checkpointing (no gradients), or
-        hooks on saved tensors."""
-        if in_backward():
-            return
-        if torch.is_grad_enabled() and not saves_through_hooks():
-            self._checkpointed.discard(module)
-        else:
-            self._checkpointed.add(module)
+        self.root, self._batch, self._batch_after, self.first = module, None, None, first
 
     def recomputes(self, module: nn.Module) -> bool:
         """Whether a call of `module` now is an outermost one that a backward pass makes again."""
-        return self.root is None and module in self._checkpointed and in_backward()
+        return self.root is None and self.checkpointing.calls_again(module)
 
     def leave(self, module: nn.Module) -> None:
         """The call of `module` ends; not only an outermost one may say so."""
         if module is self.root:
             self.root = self.first = self.plain_forward = None
+            self._batch = self._batch_after
             self._uses.clear()
 
     @property
@@ -344,6 +327,7 @@ class Lifetime:
         self._ended.clear()
         self._suspicions.clear()
         self._recomputed.clear()
+        self.checkpointing.close()
         self._drawn.clear()
         if self.started:
             self.turns.close()

@@ -14,29 +14,40 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gradstats.function import Call
 
-Places = tuple[tuple[int | None, Any], ...]  # of every argument: where it is saved, or itself
+# Of every argument: where it is saved; or itself, with its version if it is a tensor.
+Places = tuple[tuple[int | None, Any, int], ...]
 
 
-def placed(arguments: Sequence[Any], saved: Sequence[Any], inputs: int) -> tuple[list[Any], Places]:
-    """What to save, and the places of a rule's arguments in it.
+def placed(arguments: Sequence[Any], saved: Sequence[Any], inputs: int) -> tuple[list[Any], Places | None]:
+    """What to save, and the places of a rule's arguments in it; None if an input is not kept.
 
-    An input that the rule does not save itself (but a view of it, or nothing) is saved too, so that hooks on saved
-    tensors see it: those of checkpointing and offloading. A parameter that it does not save is held as it is: no
-    gradient depends on its value, which may change before the backward pass.
+    An input of which the rule saves a view is saved too, so that hooks on saved tensors see it: those of checkpointing
+    and offloading. One of which it saves a copy is not kept, which would take as much memory again. A parameter that it
+    does not save is held as it is: the gradients do not need it, so that it may change before the backward pass.
     """
-    kept, places = list(saved), []
+    kept, places, known = list(saved), [], True
     for i, argument in enumerate(arguments):
         place = next((j for j, s in enumerate(kept) if s is argument), None)
         if place is None and i < inputs and isinstance(argument, Tensor):
-            place = len(kept)
-            kept.append(argument)
-        places.append((place, argument if place is None else None))
-    return kept, tuple(places)
+            known = known and any(isinstance(s, Tensor) and share_memory(s, argument) for s in saved)
+            if known:
+                place = len(kept)
+                kept.append(argument)
+        value = argument if place is None and known else None
+        places.append((place, value, value._version if isinstance(value, Tensor) else 0))
+    return kept, tuple(places) if known else None
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def arguments_at(places: Places, saved: Sequence[Any]) -> list[Any]:
-    """The rule's arguments, with the graphs that they had in the forward."""
-    return [value if place is None else saved[place] for place, value in places]
+    """The rule's arguments, with the graphs that they had in the forward. Raises: RuntimeError, as autograd does, if a
+    parameter was changed in place since."""
+    if any(isinstance(value, Tensor) and value._version != version for _, value, version in places):
+        raise RuntimeError("a parameter needed for second derivatives has been modified by an inplace operation")
+    return [value if place is None else saved[place] for place, value, _ in places]
 
 
 def gradients_with_graph(call: Call, arguments: Sequence[Any], d: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -7,12 +7,13 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from gradstats.distributed.local import local
@@ -89,11 +90,15 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
                 module.restore()
 
 
-def hidden_from_saved_tensors_hooks() -> AbstractContextManager[object]:
-    """Inside, hooks on saved tensors see nothing: those of checkpointing count what a forward saves."""
-    if not saves_through_hooks():
-        return nullcontext()  # none to hide from; torch.func refuses to run under any, ours included
-    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Inside, neither hooks on saved tensors nor modes see anything: those of checkpointing count what a forward saves
+    and what it computes."""
+    # None to hide from: torch.func refuses to run under any, ours included. A tensor that is packed as it is would keep
+    # its graph alive, and the graph the tensor.
+    hooks = saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor) if saves_through_hooks() else nullcontext()
+    with hooks, _disable_current_modes():
+        yield
 
 
 class State:

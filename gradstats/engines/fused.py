@@ -28,7 +28,7 @@ from gradstats.distributed.sharded import check, refuse_late, refuse_nested, sha
 from gradstats.errors import CoverageError, GradstatsError, MissingStatistic
 from gradstats.forwards import Forwards
 from gradstats.gradient import Left
-from gradstats.graph import backward_may_follow
+from gradstats.graph import backward_may_follow, transformed
 from gradstats.handle import Handle, Reader
 from gradstats.leaf import Leaf
 from gradstats.lifetime import Lifetime
@@ -41,7 +41,7 @@ from gradstats.statistics import Wanted
 from gradstats.sums import SUMS
 from gradstats.swap import swap, unswap
 from gradstats.turns import Turns
-from gradstats.watch import hidden_from_saved_tensors_hooks
+from gradstats.watch import hidden
 
 
 class FusedHandle(Handle):
@@ -100,13 +100,15 @@ class FusedHandle(Handle):
     @property
     def differentiates(self) -> bool:
         """Whether a backward pass may go through a call that is made now, or through what recomputes it."""
-        return backward_may_follow() and (torch.is_grad_enabled() or not self.lifetime.evaluating)
+        if transformed():
+            return self.probing is not None or self.lifetime.root is not None  # a part of a forward is
+        return backward_may_follow() and (torch.is_grad_enabled() or not self.lifetime.checkpointing.evaluating)
 
     def outside(self, module: nn.Module) -> bool:
         """Whether a call of `module` now is an outermost one, of a forward or of an evaluation without gradients."""
         if self.differentiates:
             return self.lifetime.examples is None or self.lifetime.recomputes(module)
-        return not torch.is_grad_enabled() and not self.lifetime.evaluating and self.lifetime.root is None
+        return not torch.is_grad_enabled() and not self.lifetime.checkpointing.evaluating and self.lifetime.root is None
 
     def outermost(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], call: Callable[[], Any]) -> Any:
         """call(), an outermost one of `module`."""
@@ -130,7 +132,7 @@ class FusedHandle(Handle):
         """An outermost call begins; `lifetime.leave` is told of its end."""
         for norm in self.batch_norms:
             refuse_coupling(norm)
-        self.lifetime.note_checkpointing(module)
+        self.lifetime.look_back()
         replicated = self.look_around() is not None
         count = count_examples(args, kwargs, self.example_dims, may_be_none=replicated)
         self.lifetime.look_ahead()
@@ -155,7 +157,7 @@ class FusedHandle(Handle):
         calls = self.due.get(kind, 1)
         probe = Probe(self, kind[0], arguments, calls - 1, within)
         # A part that is compiled by itself would not be seen.
-        with torch.compiler.set_stance("force_eager"), self._together(probe), hidden_from_saved_tensors_hooks():
+        with torch.compiler.set_stance("force_eager"), self._together(probe), hidden():
             probe.establish()
         self.due[kind] = 2 * calls
         more = (1, probe.forwards.count, probe.forwards.examples, probe.seconds)
@@ -261,11 +263,18 @@ class FusedHandle(Handle):
         """Makes `module` one vmap leaf, in place of the leaves inside of it."""
         inside = set(module.modules())
         prefix = next(name for name, m in self.model.named_modules() if m is module)
+        before, servers = (self.leaves, self.callers), {m: m.__dict__[LEAF] for m in inside if LEAF in m.__dict__}
         for child in inside:
             unswap(child)
         self.leaves = [leaf for leaf in self.leaves if leaf.module not in inside]
         self.callers = [caller for caller in self.callers if caller not in inside]
-        self._add(module, prefix, None, why)
+        try:
+            self._add(module, prefix, None, why)
+        except GradstatsError:
+            self.leaves, self.callers = before
+            for child, server in servers.items():
+                swap(child, server)
+            raise
 
     def detach(self) -> None:
         super().detach()

@@ -130,6 +130,51 @@ def test_a_penalty_on_gradients_of_parameters_is_refused():
         sum(p.grad.square().sum() for p in model.parameters()).backward()
 
 
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+def test_a_parameter_that_was_changed_since_is_noticed():
+    """Of a rule that does not save it, since its gradients do not need it."""
+    model, x = nn.GRU(5, 4, batch_first=True).double(), torch.randn(B, 2, 5).double()
+    attach(model)
+    loss = model(x)[0].sin().sum()
+    with torch.no_grad():
+        model.bias_hh_l0.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward(create_graph=True)
+
+
+def test_an_input_of_which_a_copy_is_saved_is_not_kept():
+    model, saved = nn.GroupNorm(2, 4).double(), []
+    x = torch.randn(B, 4, 3, 3).double().contiguous(memory_format=torch.channels_last).requires_grad_()
+    attach(model)
+    model(x)  # probed
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        y = model(x)
+    assert saved.count(x.shape) == 1
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
+class PartlyMapped(nn.Module):
+    """One layer twice, once under torch.func.vmap."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.layer(vmap(self.layer)(x).tanh()).tanh())
+
+
+def test_a_transform_within_a_forward():
+    model, (x, y) = PartlyMapped(), problem()
+    expected = oracle.contributions(model, F.cross_entropy, x, y)
+    stats = attach(model, *oracle.STATISTICS)
+    F.cross_entropy(model(x), y).backward()
+    assert oracle.exact(stats, expected)
+
+
 def tangent(model, x):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
@@ -164,7 +209,7 @@ def test_other_transforms(name):
         assert oracle.exact(stats, statistics)
 
 
-def test_a_transform_within_a_forward_is_refused_where_it_would_be_missed():
+def test_a_transform_outside_of_forwards_leaves_no_statistics():
     model, (x, y) = network(), problem()
     stats = attach(model)
     F.cross_entropy(model[2](vmap(model[0])(x).tanh()), y).backward()
