@@ -25,17 +25,29 @@ def placed(arguments: Sequence[Any], saved: Sequence[Any], inputs: int) -> tuple
     and offloading. One of which it saves a copy is not kept, which would take as much memory again. A parameter that it
     does not save is held as it is: the gradients do not need it, so that it may change before the backward pass.
     """
-    kept, places, known = list(saved), [], True
+    kept: list[Any] = list(saved)
+    places: list[tuple[int | None, Any, int]] = []
     for i, argument in enumerate(arguments):
-        place = next((j for j, s in enumerate(kept) if s is argument), None)
-        if place is None and i < inputs and isinstance(argument, Tensor):
-            known = known and any(isinstance(s, Tensor) and share_memory(s, argument) for s in saved)
-            if known:
-                place = len(kept)
-                kept.append(argument)
-        value = argument if place is None and known else None
-        places.append((place, value, value._version if isinstance(value, Tensor) else 0))
-    return kept, tuple(places) if known else None
+        place = place_of(argument, kept)
+        if place is not None:
+            places.append((place, None, 0))
+        elif not isinstance(argument, Tensor):
+            places.append((None, argument, 0))
+        elif i >= inputs:
+            places.append((None, argument, argument._version))
+        elif any(isinstance(s, Tensor) and share_memory(s, argument) for s in saved):
+            places.append((len(kept), None, 0))
+            kept.append(argument)
+        else:
+            return list(saved), None
+    return kept, tuple(places)
+
+
+def place_of(argument: Any, saved: Sequence[Any]) -> int | None:
+    for i, s in enumerate(saved):
+        if s is argument:
+            return i
+    return None
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
