@@ -94,8 +94,8 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
 def hidden() -> Iterator[None]:
     """Inside, neither hooks on saved tensors nor modes see anything: those of checkpointing count what a forward saves
     and what it computes."""
-    # None to hide from: torch.func refuses to run under any, ours included. A tensor that is packed as it is would keep
-    # its graph alive, and the graph the tensor.
+    # Ours only where there are others, since torch.func refuses to run under any. They detach: a tensor that is packed
+    # as it is would keep its graph alive, and the graph the tensor.
     hooks = saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor) if saves_through_hooks() else nullcontext()
     with hooks, _disable_current_modes():
         yield

@@ -156,3 +156,20 @@ def test_tuple_and_none_outputs_pass():
     torch.testing.assert_close(out, plain[0])
     torch.testing.assert_close(weights, plain[1])
     assert model(query=x, key=x, value=x, need_weights=False)[1] is None
+
+
+def test_a_boundary_that_cannot_move_stays_where_it_was(monkeypatch):
+    model, ids = Functional(), torch.randint(0, 7, (B, 6))
+    stats = attach(model)
+    before = stats.coverage()
+
+    def refuses(*_):
+        raise CoverageError("on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(stats), "_add", refuses)
+        with pytest.raises(CoverageError, match="on purpose"):
+            model(ids)
+    assert stats.coverage() == before
+    model(ids).square().sum().backward()
+    assert "vmap over Functional" in stats.coverage() and stats.batch_size == B
